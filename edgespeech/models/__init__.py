@@ -1,0 +1,1 @@
+"""One paper model a file, with its frozen configuration."""

@@ -1,0 +1,51 @@
+"""Multi-head self-attention as a token mixer."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from edgespeech.ops.attention import attention_reference
+from edgespeech.ops.mask import mask_from_lengths, zero_padding
+from edgespeech.types import Frames, Lengths
+
+
+class SelfAttention(nnx.Module):
+    """Bidirectional self-attention, `softmax(Q K^T / sqrt(c)) V W_O` for each head (Vaswani et al., 2017).
+
+    Attributes:
+        q_proj, k_proj, v_proj, out_proj: linear layers `d -> d` with bias.
+        num_heads: heads h; the width of one is `c = d / h`.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        num_heads: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        if d % num_heads:
+            raise ValueError(f"width {d} is not a multiple of num_heads {num_heads}")
+
+        def linear():
+            return nnx.Linear(d, d, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+        self.num_heads = num_heads
+        self.q_proj = linear()
+        self.k_proj = linear()
+        self.v_proj = linear()
+        self.out_proj = linear()
+
+    def __call__(self, x: Frames, lengths: Lengths) -> Frames:
+        """`[b n d], [b] -> [b n d]`; what lies beyond a length is never seen."""
+        b, n, d = x.shape
+        mask = mask_from_lengths(lengths, n)
+        x = zero_padding(x, mask)
+        q, k, v = (
+            proj(x).reshape(b, n, self.num_heads, d // self.num_heads)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = attention_reference(q, k, v, mask[:, None, None, :])
+        return self.out_proj(y.reshape(b, n, d))

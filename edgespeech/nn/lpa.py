@@ -1,0 +1,408 @@
+"""Learnable Pulse Accumulation (LPA): a token mixer that is linear in the number of frames.
+
+LPA (Shkolnikov 2026, arXiv 2603.16922) replaces query-key products by learned gates: rectangles
+placed by content, periodic windows and functions of the position. A pulse averages what is inside
+it; at inference its gate is 0 or 1. The equations, initial values and temperatures below are ours:
+a reading consistent with the paper's abstract, not a copy of its design.
+
+    v = x W_V + b_V                                   z = DWConv(x)
+    A_p = sum_i g_pi v_i / (sum_i g_pi + eps)
+    y_i = sum_p alpha_p g_pi A_p + lambda DWConv(v)_i
+    out = concat_h(y) W_O + b_O
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from edgespeech.errors import InputError
+from edgespeech.nn.attention import SelfAttention
+from edgespeech.ops import pulse
+from edgespeech.ops.accumulate import EPS, broadcast, pulse_average, run_average, run_broadcast
+from edgespeech.ops.conv import depthwise_conv
+from edgespeech.ops.mask import mask_from_lengths, zero_padding
+from edgespeech.types import Array, Float, Frames, Lengths, Mask, Scalar
+
+# Temperatures at progress 0 and 1 (ours). A rectangle's is in frames; the other gates' has no unit.
+RECTANGLE_TAU = (8.0, 0.25)
+GATE_TAU = (1.0, 0.02)
+
+READOUTS = ("static", "content")
+
+
+@dataclass(frozen=True)
+class LPAConfig:
+    """Size and shape of an LPA mixer. All values are ours.
+
+    Attributes:
+        aperiodic: content-placed rectangles per head.
+        runs: run-form pulses per head (each run of open gates is averaged on its own).
+        periodic: periodic windows per head.
+        positional: windows over the position in the utterance, per head.
+        mean: all-ones gates per head.
+        kernel_size: odd; frames that the depthwise convolution in front of the content gates sees.
+        local: whether the local path `lambda DWConv(v)` is there.
+        local_kernel_size: odd; frames that the local path sees.
+        min_width: least width of a rectangle in frames, at least 1 so that none falls between two.
+        max_period: longest period in frames; periods are log-spaced from 2.
+        num_basis: cosines of a positional window.
+        readout: "static", one weight alpha per pulse, or "content",
+            `alpha_pi = alpha_p (1 + tanh(linear(z_i)_p))`, which starts equal to static.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    aperiodic: int = 8
+    runs: int = 0
+    periodic: int = 4
+    positional: int = 4
+    mean: int = 0
+    kernel_size: int = 15
+    local: bool = True
+    local_kernel_size: int = 15
+    min_width: float = 2.0
+    max_period: float = 256.0
+    num_basis: int = 16
+    readout: str = "static"
+
+    def __post_init__(self):
+        def require(name: str, is_right: bool, limit: str):
+            if not is_right:
+                raise InputError(f"LPAConfig.{name} is {getattr(self, name)!r}; it must be {limit}")
+
+        for name in ("aperiodic", "runs", "periodic", "positional", "mean"):
+            require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("kernel_size", "local_kernel_size"):
+            value = getattr(self, name)
+            require(name, value >= 1 and value % 2 == 1, "odd and at least 1")
+        require("min_width", self.min_width >= 1, "at least 1 frame")
+        require("max_period", self.max_period >= pulse.MIN_PERIOD, "at least 2 frames")
+        require("num_basis", self.num_basis >= 1, "at least 1")
+        require("readout", self.readout in READOUTS, f"one of {', '.join(READOUTS)}")
+        require("local", self.local or self.num_pulses > 0, "True where no pulses are configured")
+
+    @property
+    def num_pulses(self) -> int:
+        """Pulses of all kinds per head, p."""
+        return self.aperiodic + self.runs + self.periodic + self.positional + self.mean
+
+    @classmethod
+    def default(cls) -> "LPAConfig":
+        """8 rectangles, 4 periodic and 4 positional pulses per head."""
+        return cls()
+
+    @classmethod
+    def _only(
+        cls,
+        aperiodic: int = 0,
+        runs: int = 0,
+        periodic: int = 0,
+        positional: int = 0,
+        mean: int = 0,
+    ) -> "LPAConfig":
+        return cls(aperiodic, runs, periodic, positional, mean)
+
+    @classmethod
+    def mean_only(cls) -> "LPAConfig":
+        """Control: 16 all-ones gates and the local path, in the manner of SummaryMixing.
+
+        The 16 are alike and act as one; they keep the number of readout weights that others have.
+        """
+        return cls._only(mean=16)
+
+    @classmethod
+    def local_only(cls) -> "LPAConfig":
+        """Control: the local path without any pulse."""
+        return cls._only()
+
+    @classmethod
+    def aperiodic_only(cls) -> "LPAConfig":
+        """Control: 16 rectangles per head."""
+        return cls._only(aperiodic=16)
+
+    @classmethod
+    def runs_only(cls) -> "LPAConfig":
+        """Control: 16 run-form pulses per head."""
+        return cls._only(runs=16)
+
+    @classmethod
+    def periodic_only(cls) -> "LPAConfig":
+        """Control: 16 periodic pulses per head."""
+        return cls._only(periodic=16)
+
+    @classmethod
+    def positional_only(cls) -> "LPAConfig":
+        """Control: 16 positional pulses per head."""
+        return cls._only(positional=16)
+
+
+class Anneal(nnx.Variable):
+    """Annealing state: part of the model's state and of checkpoints, but not for the optimiser."""
+
+
+class LPA(nnx.Module):
+    """Learnable Pulse Accumulation mixer, `(x [b n d], lengths [b]) -> [b n d]`.
+
+    Padding never changes a valid frame. Gates and sums are float32 whatever `dtype` is; the output
+    on padding is finite and has no meaning.
+
+    Initial values (ours): rectangles have anchors spread evenly over the utterance in each head and
+    widths from 1/2 (first head) to 1/32 (last head) of it; every pulse weighs `alpha = 1/p`; the
+    local path starts as the mean over its window, because attention's output too is an average of
+    values: an identity kernel would start far above its scale.
+
+    Attributes:
+        v_proj, out_proj: linear layers `d -> d`, the two that attention also has.
+        progress: position in the temperature curriculum, float32 in [0, 1]; geometric from tau
+            8 to 0.25 frames for rectangles and 1 to 0.02 for the other gates.
+        hard: straight-through strength of the binary gates, float32 in [0, 1].
+        inference: static; binary gates by comparisons only (`harden`).
+    """
+
+    def __init__(
+        self,
+        d: int,
+        num_heads: int,
+        config: LPAConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        if d % num_heads:
+            raise InputError(
+                f"LPA width {d} is not a multiple of num_heads {num_heads}; change either one"
+            )
+        self.config = config
+        self.num_heads = num_heads
+        self.inference = False
+        self.progress = Anneal(jnp.zeros((), jnp.float32))
+        self.hard = Anneal(jnp.zeros((), jnp.float32))
+        self.v_proj = nnx.Linear(d, d, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.out_proj = nnx.Linear(d, d, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+        def param(value) -> nnx.Param:
+            return nnx.Param(jnp.asarray(value, param_dtype))
+
+        def linear_map(pulses: int) -> nnx.Param:
+            init = nnx.initializers.normal(d**-0.5)
+            return nnx.Param(init(rngs.params(), (d, num_heads, pulses), param_dtype))
+
+        h, c = num_heads, config
+        if c.aperiodic or c.runs or c.readout == "content":
+            delta = np.zeros((c.kernel_size, d))
+            delta[c.kernel_size // 2] = 1.0
+            self.content_kernel = param(delta)
+        if c.aperiodic:
+            self.rho_kernel = linear_map(c.aperiodic)
+            self.rho_bias = param(np.zeros((h, c.aperiodic)))
+            anchors = (np.arange(c.aperiodic) + 0.5) / c.aperiodic
+            self.anchor = param(np.tile(anchors, (h, 1)))
+            # Zero: widths start the same for all content, spread over the heads.
+            self.width_kernel = param(np.zeros((d, h, c.aperiodic)))
+            share = 0.5 * 2.0 ** -np.linspace(0.0, 4.0, h)
+            width_bias = np.log(share / (1 - share))[:, None]
+            self.width_bias = param(np.tile(width_bias, (1, c.aperiodic)))
+        if c.runs:
+            self.run_kernel = linear_map(c.runs)
+            self.run_bias = param(np.zeros((h, c.runs)))
+        if c.periodic:
+            golden = np.arange(h * c.periodic) * (5**0.5 - 1) / 2
+            self.phase = param((golden % 1.0).reshape(h, c.periodic))
+            self.duty_logit = param(np.zeros((h, c.periodic)))
+        if c.positional:
+            noise = jax.random.normal(rngs.params(), (h, c.positional, c.num_basis), param_dtype)
+            # Falling with the order, so that windows start broad; the constant is beta's.
+            amplitude = np.concatenate([[0.0], 1.0 / np.arange(1, c.num_basis)])
+            self.cosine = param(noise * amplitude)
+            self.cosine_bias = param(np.zeros((h, c.positional)))
+        if c.num_pulses:
+            self.alpha = param(np.full((h, c.num_pulses), 1.0 / c.num_pulses))
+            if c.readout == "content":
+                self.readout_kernel = param(np.zeros((d, h, c.num_pulses)))
+                self.readout_bias = param(np.zeros((h, c.num_pulses)))
+        if c.local:
+            self.local_kernel = param(np.full((c.local_kernel_size, d), 1 / c.local_kernel_size))
+            self.local_scale = param(np.ones(h))
+
+    @classmethod
+    def from_attention(
+        cls, attention: SelfAttention, config: LPAConfig, *, rngs: nnx.Rngs
+    ) -> "LPA":
+        """LPA that starts with the attention's value and output projections, copied.
+
+        The paper's "selective initialisation" is, as we read it, this; everything else is new.
+        """
+        v_proj = attention.v_proj
+        lpa = cls(
+            v_proj.in_features,
+            attention.num_heads,
+            config,
+            rngs=rngs,
+            dtype=v_proj.dtype,
+            param_dtype=v_proj.param_dtype,
+        )
+        lpa.v_proj, lpa.out_proj = copy_module(v_proj), copy_module(attention.out_proj)
+        return lpa
+
+    def __call__(self, x: Frames, lengths: Lengths) -> Frames:
+        """`[b n d], [b] -> [b n d]`."""
+        b, n, d = x.shape
+        mask = mask_from_lengths(lengths, n)
+        x = zero_padding(x, mask)
+        v = self.v_proj(x)
+        z = self._content(x, mask)
+        v_heads = v.reshape(b, n, self.num_heads, -1).swapaxes(1, 2)
+        y = jnp.zeros((), jnp.float32)
+        if self.config.num_pulses:
+            y = self._pulses(self._gates(z, lengths, mask), v_heads, self._readout(z))
+            y = y.swapaxes(1, 2).reshape(b, n, d)
+        if self.config.local:
+            local = depthwise_conv(v, self.local_kernel[...], mask)
+            scale = jnp.repeat(_float32(self.local_scale), d // self.num_heads)
+            y = y + scale * local.astype(jnp.float32)
+        return self.out_proj(y.astype(v.dtype))
+
+    def gates(self, x: Frames, lengths: Lengths) -> dict[str, Float[Array, "b h p n"]]:
+        """Gates of each kind present, at the current temperature, in the order of `alpha`."""
+        mask = mask_from_lengths(lengths, x.shape[1])
+        z = self._content(zero_padding(x, mask), mask)
+        gates = self._gates(z, lengths, mask)
+        return {kind: gate.astype(jnp.float32) for kind, gate in gates.items()}
+
+    def _content(self, x: Frames, mask: Mask) -> Frames:
+        """What content gates read, in the compute dtype; x itself where there are none."""
+        if not hasattr(self, "content_kernel"):
+            return x
+        x = x.astype(self.v_proj.dtype or x.dtype)
+        return depthwise_conv(x, self.content_kernel[...], mask)
+
+    def _scores(self, z: Frames, *kernels: nnx.Param) -> Float[Array, "b n h k"]:
+        """`z W` for several maps in one product, float32, side by side in the last axis."""
+        kernel = jnp.concatenate([kernel[...] for kernel in kernels], axis=-1).astype(z.dtype)
+        d, h, k = kernel.shape
+        return (z @ kernel.reshape(d, h * k)).reshape(*z.shape[:2], h, k).astype(jnp.float32)
+
+    def _temperature(self, first: float, last: float) -> Scalar:
+        return first * (last / first) ** self.progress[...]
+
+    def _gates(self, z: Frames, lengths: Lengths, mask: Mask) -> dict[str, pulse.Gates]:
+        """Gates `[b h p n]` by kind."""
+        c, gates = self.config, {}
+        tau = self._temperature(*GATE_TAU)
+        hard = True if self.inference else self.hard[...]
+        if c.aperiodic:
+            rectangle_tau = self._temperature(*RECTANGLE_TAU)
+            center, width = self._rectangles(z, lengths, mask)
+            gates["aperiodic"] = pulse.rectangle_gates(center, width, mask, rectangle_tau, hard)
+        if c.runs:
+            logit = self._scores(z, self.run_kernel) + _float32(self.run_bias)
+            gates["runs"] = pulse.run_gates(logit.transpose(0, 2, 3, 1), mask, tau, hard)
+        if c.periodic:
+            period = pulse.log_spaced_periods(self.num_heads, c.periodic, c.max_period)
+            duty = jax.nn.sigmoid(_float32(self.duty_logit))
+            phase = _float32(self.phase)
+            gates["periodic"] = pulse.periodic_gates(period, phase, duty, mask, tau, hard)
+        if c.positional:
+            series = _float32(self.cosine), _float32(self.cosine_bias)
+            n = mask.shape[1]
+            gates["positional"] = pulse.positional_gates(*series, lengths, n, tau, hard)
+        if c.mean:
+            shape = (mask.shape[0], self.num_heads, c.mean, mask.shape[1])
+            gates["mean"] = jnp.broadcast_to(mask[:, None, None, :], shape)
+        return gates
+
+    def _rectangles(self, z: Frames, lengths: Lengths, mask: Mask) -> tuple[Array, Array]:
+        """Centres and widths `[b h p]` in frames.
+
+            rho_i = m_i sigmoid(w.z_i + b);  pool(f) = sum(rho f) / (sum(rho) + eps)
+            center = (n_valid - 1) clip(anchor + pool(u) - 1/2, 0, 1)
+            width  = wmin + (wmax - wmin) sigmoid(pool(r.z) + b_w),  wmax = n_valid
+
+        1/2 is pool(u) for a flat rho, so an anchor is where its pulse starts.
+        """
+        scores = self._scores(z, self.rho_kernel, self.width_kernel)
+        rho_score, width_score = jnp.split(scores, 2, axis=-1)
+        rho = jax.nn.sigmoid(rho_score + _float32(self.rho_bias))
+        rho = jnp.where(mask[:, :, None, None], rho, 0.0)
+        u = pulse.relative_position(lengths, mask.shape[1])[..., None, None]
+        weight = rho.sum(1) + EPS
+        place = (rho * u).sum(1) / weight - 0.5 + _float32(self.anchor)
+        width = (rho * width_score).sum(1) / weight + _float32(self.width_bias)
+        n_valid = lengths.astype(jnp.float32)[:, None, None]
+        center = jnp.clip(place, 0.0, 1.0) * jnp.maximum(n_valid - 1.0, 0.0)
+        least = self.config.min_width
+        widest = jnp.maximum(n_valid, least)
+        return center, least + (widest - least) * jax.nn.sigmoid(width)
+
+    def _readout(self, z: Frames) -> Float[Array, "h p"] | Float[Array, "b h p n"]:
+        alpha = _float32(self.alpha)
+        if self.config.readout == "static":
+            return alpha
+        score = self._scores(z, self.readout_kernel) + _float32(self.readout_bias)
+        return alpha[..., None] * (1.0 + jnp.tanh(score)).transpose(0, 2, 3, 1)
+
+    def _pulses(self, gates: dict, values: Array, alpha: Array) -> Float[Array, "b h n c"]:
+        """`sum_p alpha_p g_pi A_p` over all kinds."""
+        pulse_axis = alpha.ndim - 1 if self.config.readout == "static" else alpha.ndim - 2
+        sizes = np.cumsum([gate.shape[2] for gate in gates.values()])[:-1]
+        weights = dict(zip(gates, jnp.split(alpha, sizes, axis=pulse_axis), strict=True))
+        y = jnp.zeros((), jnp.float32)
+        run_gate = gates.pop("runs", None)
+        if run_gate is not None:
+            means = run_average(run_gate, values)
+            y = y + run_broadcast(run_gate, means, weights.pop("runs"))
+        if gates:
+            gate = jnp.concatenate(list(gates.values()), axis=2)
+            weight = jnp.concatenate(list(weights.values()), axis=pulse_axis)
+            y = y + broadcast(gate, pulse_average(gate, values), weight)
+        return y
+
+
+def _float32(param: nnx.Param) -> Array:
+    return param[...].astype(jnp.float32)
+
+
+def copy_module(module: nnx.Linear) -> nnx.Linear:
+    """The same layer in arrays of its own: donating one model's buffers leaves the other alive."""
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
+
+
+def harden(model: nnx.Module) -> nnx.Module:
+    """Switches every LPA in the model, in place, to binary gates by comparisons; returns the model.
+
+    Outputs equal those at `hard = 1`; `progress` and `hard` are no longer read.
+
+    Raises:
+        InputError: the model has no LPA.
+    """
+    for lpa in _mixers(model):
+        lpa.inference = True
+    return model
+
+
+def set_anneal(model: nnx.Module, progress: float, hard: float = 0.0) -> None:
+    """Sets the temperature progress and the straight-through strength, each in [0, 1], in place.
+
+    Raises:
+        InputError: a value is outside [0, 1], or the model has no LPA.
+    """
+    for name, value in (("progress", progress), ("hard", hard)):
+        if not 0.0 <= value <= 1.0:
+            raise InputError(f"set_anneal got {name}={value}; it must lie in [0, 1]")
+    for lpa in _mixers(model):
+        lpa.progress[...] = jnp.full_like(lpa.progress[...], progress)
+        lpa.hard[...] = jnp.full_like(lpa.hard[...], hard)
+
+
+def _mixers(model: nnx.Module) -> list[LPA]:
+    mixers = [node for _, node in nnx.iter_graph(model) if isinstance(node, LPA)]
+    if not mixers:
+        raise InputError(f"{type(model).__name__} has no LPA mixer; convert a layer's mixer first")
+    return mixers

@@ -1,0 +1,117 @@
+"""Convolutions over time, and the lengths that come out of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from edgespeech.ops.mask import zero_padding
+from edgespeech.types import Array, Float, Frames, Mask
+
+
+def conv_length(length, kernel: int, stride: int):
+    """Output positions of an unpadded convolution: `max(0, (length - kernel) // stride + 1)`.
+
+    Works on Python integers and on integer arrays.
+    """
+    out = (length - kernel) // stride + 1
+    return max(0, out) if isinstance(length, int) else jnp.maximum(0, out)
+
+
+def conv1d(x: Frames, kernel: Float[Array, "k d e"], stride: int = 1, groups: int = 1) -> Frames:
+    """Unpadded convolution `y_i = sum_j x_{i s + j} K_j`, `[b n d] -> [b (n-k)//s+1 e]`."""
+    return lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        window_strides=(stride,),
+        padding="VALID",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=groups,
+    )
+
+
+def depthwise_conv_reference(
+    x: Frames, kernel: Float[Array, "k d"], mask: Mask | None = None, causal: bool = False
+) -> Frames:
+    """`depthwise_conv` through XLA's grouped convolution: the form to test against."""
+    k, d = kernel.shape
+    if mask is not None:
+        x = zero_padding(x, mask)
+    left = k - 1 if causal else (k - 1) // 2
+    x = jnp.pad(x, ((0, 0), (left, k - 1 - left), (0, 0)))
+    return conv1d(x, kernel[:, None, :], groups=d)
+
+
+def depthwise_conv(
+    x: Frames, kernel: Float[Array, "k d"], mask: Mask | None = None, causal: bool = False
+) -> Frames:
+    """Depthwise convolution `y_i = sum_j K_j * x_{i + j - left}` that keeps the length.
+
+    Written as a sum of k shifted products. XLA's grouped convolution is far slower on CPU when every channel is
+    its own group (k 31, 256 channels, 3000 frames: 17.7 ms against 0.5 ms, 2 cores, jax 0.10.2), and on accelerators
+    the sum fuses into one pass over memory.
+
+    Args:
+        x: `[b n d]`.
+        kernel: `[k d]`, tap 0 meets the oldest frame.
+        mask: `[b n]`, True = valid; what is not valid counts as zero. None: everything is valid.
+        causal: taps reach only into the past (`left = k - 1`), else they are centred (`left = (k - 1) // 2`).
+
+    Returns:
+        `[b n d]`.
+    """
+    k = kernel.shape[0]
+    if mask is not None:
+        x = zero_padding(x, mask)
+    left = k - 1 if causal else (k - 1) // 2
+    return _shifted_sum(jnp.pad(x, ((0, 0), (left, k - 1 - left), (0, 0))), kernel.astype(x.dtype))
+
+
+@jax.custom_vjp
+def _shifted_sum(x: Frames, kernel: Float[Array, "k d"]) -> Frames:
+    """`y_i = sum_j K_j * x_{i + j}`, `[b n+k-1 d] -> [b n d]`."""
+    k = kernel.shape[0]
+    n = x.shape[1] - k + 1
+    y = x[:, :n] * kernel[0]
+    for j in range(1, k):
+        y = y + x[:, j : j + n] * kernel[j]
+    return y
+
+
+def _shifted_sum_forward(x: Frames, kernel: Float[Array, "k d"]):
+    return _shifted_sum(x, kernel), (x, kernel)
+
+
+def _shifted_sum_backward(saved, gradient: Frames):
+    x, kernel = saved
+    k = kernel.shape[0]
+    # The gradient of x is the same sum with the kernel turned round.
+    padded = jnp.pad(gradient, ((0, 0), (k - 1, k - 1), (0, 0)))
+    return _shifted_sum(padded, kernel[::-1]), _kernel_gradient(x, gradient, k)
+
+
+_shifted_sum.defvjp(_shifted_sum_forward, _shifted_sum_backward)
+
+
+def _kernel_gradient(x: Frames, gradient: Frames, k: int) -> Float[Array, "k d"]:
+    """`dK_j = sum_i x_{i + j} g_i` for every channel, as matrix products over blocks of frames.
+
+    With frames in blocks of m, the products of a block's gradients with the m + k - 1 frames that they meet form a
+    matrix for each channel, whose diagonals hold the taps. k separate reductions take eight times as long on a CPU
+    (k 31, 192 channels, 3000 frames: 17 ms against 2.3 ms, 2 cores, jax 0.10.2).
+    """
+    m = 16
+    b, n, d = gradient.shape
+    blocks = -(-n // m)
+    gradient = jnp.pad(gradient, ((0, 0), (0, blocks * m - n), (0, 0)))
+    x = jnp.pad(x, ((0, 0), (0, blocks * m + k - 1 - x.shape[1]), (0, 0)))
+    windows = x[:, np.arange(blocks)[:, None] * m + np.arange(m + k - 1)]
+    products = jnp.einsum(
+        "bqid,bqjd->dji",
+        windows,
+        gradient.reshape(b, blocks, m, d),
+        preferred_element_type=jnp.float32,
+    )
+    # Rows of length m + k - 1 read as rows of length m + k: the diagonals become columns.
+    flat = jnp.pad(products.reshape(d, m * (m + k - 1)), ((0, 0), (0, m)))
+    return flat.reshape(d, m, m + k)[:, :, :k].sum(1).T.astype(x.dtype)

@@ -1,0 +1,152 @@
+"""What a training run carries from step to step, the optimiser, and the pure step function."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from edgespeech.types import Array, Float, Scalar
+
+PyTree = Any
+Vector = Float[Array, "w"]
+
+
+class TrainState(NamedTuple):
+    """Everything that resuming needs: with the data's settings it determines the rest of a run.
+
+    The parameters are one vector. A transformer has hundreds of arrays, and an update of each is a program of its own
+    to compile; of one vector it is a single loop. `jax.flatten_util.ravel_pytree` goes there and back.
+
+    Attributes:
+        step: int32 scalar, updates done.
+        params: float32 `[w]`, the trained parameters.
+        average: float32 `[w]`, their exponential moving average, used for evaluation.
+        optimizer: optax state.
+    """
+
+    step: Array
+    params: Vector
+    average: Vector
+    optimizer: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay.
+
+    Attributes:
+        learning_rate: its peak.
+        warmup: part of the steps over which the rate rises from 0, in [0, 1].
+        final_rate: last learning rate over the peak.
+        weight_decay: decoupled; only for arrays of two or more axes.
+        clip: largest global norm of a gradient.
+        average_decay: decay of the moving average of the parameters, in [0, 1); 0 keeps the last parameters.
+    """
+
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    final_rate: float = 0.01
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    average_decay: float = 0.99
+
+    def __post_init__(self):
+        for name, low, high in (("warmup", 0.0, 1.0), ("final_rate", 0.0, 1.0), ("average_decay", 0.0, 0.99999)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be in [{low:g}, {high:g}]")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, params: PyTree) -> optax.GradientTransformation:
+    """Clip, then AdamW (Loshchilov and Hutter, 2019; betas 0.9 and 0.98), over the vector of the params.
+
+    Args:
+        config: see `OptimizerConfig`.
+        steps: updates of the whole run, which the schedule spans.
+        params: the tree that is raveled; its arrays of one axis or none are not decayed.
+    """
+    decayed, _ = ravel_pytree(jax.tree.map(lambda p: jnp.full(p.shape, float(p.ndim > 1)), params))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0,
+        config.learning_rate,
+        max(1, int(config.warmup * steps)),
+        max(2, steps),
+        config.learning_rate * config.final_rate,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.scale_by_adam(b1=0.9, b2=0.98),
+        optax.stateless(lambda updates, p: updates + config.weight_decay * decayed * p),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first step, in arrays of its own."""
+    vector, _ = ravel_pytree(params)
+    return TrainState(jnp.zeros((), jnp.int32), vector, jnp.copy(vector), optimizer.init(vector))
+
+
+# loss(params, batch, key, step) -> (scalar, metrics), on the tree of parameters
+LossFunction = Callable[[PyTree, Any, Array, Array], tuple[Scalar, dict[str, Scalar]]]
+# step(state, batch, key) -> (state, metrics)
+StepFunction = Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Scalar]]]
+
+
+def make_step(
+    loss: LossFunction,
+    unravel: Callable[[Vector], PyTree],
+    optimizer: optax.GradientTransformation,
+    average_decay: float,
+    trained: Callable[[Array], Vector] | None = None,
+) -> StepFunction:
+    """The update as a pure function, to be jitted once for each batch shape.
+
+    The random key of a step is `fold_in(key, step)`: a resumed run draws the same numbers. A step whose loss or
+    gradient is not finite leaves parameters and optimiser as they were and counts itself in the metric `skipped`.
+
+    Args:
+        loss: returns the scalar to minimise and metrics.
+        unravel: vector to tree, from `ravel_pytree`.
+        optimizer: optax transformation of the vector.
+        average_decay: decay of the moving average; early on it is `(1 + step) / (10 + step)` if that is less.
+        trained: `step -> [w]`, 1 where a parameter is trained at this step and 0 where it is frozen; its value is
+            data, so that phases of a run share one compilation. None trains everything.
+    """
+
+    def step_function(state: TrainState, batch, key: Array):
+        step_key = jax.random.fold_in(key, state.step)
+
+        def objective(vector: Vector):
+            return loss(unravel(vector), batch, step_key, state.step)
+
+        (value, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        mask = 1.0 if trained is None else trained(state.step)
+        # Frozen parameters count neither in the clipped norm nor in the moments.
+        gradient = gradient * mask
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(value)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = state.params + updates * mask
+        decay = jnp.minimum(average_decay, (1.0 + state.step) / (10.0 + state.step))
+        average = decay * state.average + (1.0 - decay) * params
+
+        def keep(new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        new_state = TrainState(
+            state.step + 1,
+            keep(params, state.params),
+            keep(average, state.average),
+            keep(optimizer_state, state.optimizer),
+        )
+        skipped = 1.0 - finite.astype(jnp.float32)
+        return new_state, {"loss": value, "gradient_norm": norm, "skipped": skipped, **metrics}
+
+    return step_function

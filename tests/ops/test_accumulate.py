@@ -1,0 +1,253 @@
+"""Pulse and run averages: every form against float64 loops and against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from edgespeech.errors import InputError
+from edgespeech.ops import pulse
+from edgespeech.ops.accumulate import (
+    AccumulateMethod,
+    broadcast,
+    broadcast_reference,
+    pulse_average,
+    pulse_average_reference,
+    run_average,
+    run_average_init,
+    run_average_reference,
+    run_average_step,
+    run_broadcast,
+)
+from edgespeech.ops.mask import mask_from_lengths
+
+METHODS = list(AccumulateMethod)
+SHAPES = [(1, [1]), (2, [2, 1]), (7, [7, 3]), (75, [75, 40]), (400, [390])]
+
+
+def rectangles(n, lengths, h=2, p=3, c=4, seed=0):
+    rng = np.random.default_rng(seed)
+    b, lengths = len(lengths), jnp.array(lengths)
+    center = jnp.asarray(rng.uniform(0, n - 1, (b, h, p)), jnp.float32)
+    width = jnp.asarray(rng.uniform(1, 1 + n / 2, (b, h, p)), jnp.float32)
+    values = jnp.asarray(rng.normal(size=(b, h, n, c)) + 1.0, jnp.float32)
+    gates = pulse.rectangle_gates(center, width, mask_from_lengths(lengths, n), 1.0, True)
+    return gates, values, pulse.rectangle_bounds(center, width, lengths)
+
+
+def runs(n, lengths, h=2, p=3, c=4, seed=0):
+    rng = np.random.default_rng(seed)
+    logit = jnp.asarray(rng.normal(size=(len(lengths), h, p, n)) + 1.0, jnp.float32)
+    values = jnp.asarray(rng.normal(size=(len(lengths), h, n, c)) + 1.0, jnp.float32)
+    return logit, mask_from_lengths(jnp.array(lengths), n), values
+
+
+@pytest.mark.parametrize(("n", "lengths"), SHAPES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_pulse_average_of_rectangles(n, lengths, dtype):
+    gates, values, bounds = rectangles(n, lengths)
+    values = values.astype(dtype)
+    want = pulse_average_reference(gates, np.float64(values))
+    for method in METHODS:
+        got = pulse_average(gates, values, method, bounds)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, atol=2e-6, rtol=2e-6, err_msg=method.name)
+
+
+@pytest.mark.parametrize(("n", "lengths"), SHAPES)
+def test_pulse_average_of_soft_gates(n, lengths):
+    logit, mask, values = runs(n, lengths)
+    gates = pulse.run_gates(logit, mask, 0.5)
+    want = pulse_average_reference(gates, values)
+    for method in (AccumulateMethod.MATMUL, AccumulateMethod.SCAN):
+        np.testing.assert_allclose(pulse_average(gates, values, method), want, atol=2e-6, rtol=2e-6)
+
+
+def numeric(function, arrays, direction, eps=1e-6):
+    """Directional derivative of a float64 function by central differences."""
+    ends = [
+        function(*(a + s * eps * d for a, d in zip(arrays, direction, strict=True)))
+        for s in (1, -1)
+    ]
+    return (ends[0] - ends[1]) / (2 * eps)
+
+
+def assert_gradient(fast, slow, arrays, seed=5, tol=2e-5):
+    """Gradient of `sum(w * fast)` along a random direction against finite differences of slow."""
+    rng = np.random.default_rng(seed)
+    weight = rng.normal(size=slow(*arrays).shape)
+    direction = [rng.normal(size=a.shape) for a in arrays]
+    grads = jax.grad(lambda a: jnp.sum(jnp.float32(weight) * fast(*a)))(
+        [jnp.float32(a) for a in arrays]
+    )
+    got = sum(np.sum(np.float64(g) * d) for g, d in zip(grads, direction, strict=True))
+    want = numeric(lambda *a: np.sum(weight * slow(*a)), arrays, direction)
+    scale = sum(np.linalg.norm(g) for g in grads)
+    assert abs(got - want) < tol * max(1.0, scale)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pulse_average_gradient(method):
+    gates, values, bounds = rectangles(7, [7, 3])
+    values = np.float64(values)
+    assert_gradient(
+        lambda v: pulse_average(gates, v, method, bounds),
+        lambda v: pulse_average_reference(gates, v),
+        [values],
+    )
+    if method is not AccumulateMethod.PREFIX:
+        logit, mask, _ = runs(7, [7, 3])
+        soft = np.float64(pulse.run_gates(logit, mask, 0.5))
+        assert_gradient(
+            lambda g, v: pulse_average(g, v, method), pulse_average_reference, [soft, values]
+        )
+
+
+@pytest.mark.parametrize("n", [1, 75, 400])
+def test_pulse_average_gradients_agree_pairwise(n):
+    gates, values, bounds = rectangles(n, [n, max(1, n // 3)])
+    weight = jax.random.normal(jax.random.key(0), (2, 2, 3, 4))
+    grads = [
+        jax.grad(lambda v, m=m: jnp.sum(weight * pulse_average(gates, v, m, bounds)))(values)
+        for m in METHODS
+    ]
+    for grad in grads[1:]:
+        np.testing.assert_allclose(grad, grads[0], atol=1e-6)
+
+
+def test_empty_pulse_averages_to_zero_with_finite_gradient():
+    gates, values = jnp.zeros((1, 1, 2, 5)), jnp.ones((1, 1, 5, 3))
+    for method in (AccumulateMethod.MATMUL, AccumulateMethod.SCAN):
+        np.testing.assert_array_equal(pulse_average(gates, values, method), 0.0)
+        grad = jax.grad(lambda g, m=method: pulse_average(g, values, m).sum())(gates)
+        assert np.isfinite(grad).all()
+    empty = (jnp.full((1, 1, 2), 3), jnp.full((1, 1, 2), 3))
+    np.testing.assert_array_equal(
+        pulse_average(gates, values, AccumulateMethod.PREFIX, empty), jnp.zeros((1, 1, 2, 3))
+    )
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_two_minutes_stay_accurate(offset):
+    gates, values, bounds = rectangles(6000, [6000], h=1, p=4)
+    values = values + offset
+    # Narrow pulses at the far end are where a plain prefix sum loses its digits.
+    start = jnp.array([[[5990, 5000, 3, 0]]], jnp.int32)
+    bounds = (start, start + jnp.array([1, 7, 40, 6000]))
+    i = jnp.arange(6000)
+    gates = (i >= bounds[0][..., None]) & (i < bounds[1][..., None])
+    want = pulse_average_reference(gates, values)
+    for method in METHODS:
+        got = pulse_average(gates, values, method, bounds)
+        np.testing.assert_allclose(got, want, atol=5e-5, rtol=2e-6, err_msg=method.name)
+
+
+def test_prefix_needs_bounds():
+    gates, values, _ = rectangles(7, [7])
+    with pytest.raises(InputError, match="bounds"):
+        pulse_average(gates, values, AccumulateMethod.PREFIX)
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_broadcast(per_frame):
+    logit, mask, values = runs(20, [20, 9])
+    gates = pulse.run_gates(logit, mask, 0.7)
+    averages = pulse_average(gates, values)
+    rng = np.random.default_rng(6)
+    alpha = rng.normal(size=(2, 2, 3, 20) if per_frame else (2, 3))
+    got = broadcast(gates, averages, jnp.float32(alpha))
+    np.testing.assert_allclose(got, broadcast_reference(gates, averages, alpha), atol=2e-6)
+    spread = jnp.broadcast_to(averages[:, :, :, None], (2, 2, 3, 20, 4))
+    np.testing.assert_allclose(run_broadcast(gates, spread, jnp.float32(alpha)), got, atol=2e-6)
+    assert_gradient(
+        broadcast, broadcast_reference, [np.float64(gates), np.float64(averages), alpha]
+    )
+
+
+# ----------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n", "lengths"), SHAPES)
+def test_run_average_of_binary_gates(n, lengths, causal):
+    logit, mask, values = runs(n, lengths)
+    gates = pulse.run_gates(logit, mask, 1.0, True)
+    want = run_average_reference(gates, values, causal)
+    weight = jax.random.normal(jax.random.key(1), want.shape)
+    grads = []
+    for method in METHODS:
+        got = run_average(gates, values, method, causal)
+        np.testing.assert_allclose(got, want, atol=5e-6, rtol=2e-6, err_msg=method.name)
+        grads.append(
+            jax.grad(lambda v, m=method: jnp.sum(weight * run_average(gates, v, m, causal)))(values)
+        )
+    for grad in grads[1:]:
+        np.testing.assert_allclose(grad, grads[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n", "lengths"), SHAPES[:4])
+def test_run_average_of_soft_gates(n, lengths, causal):
+    logit, mask, values = runs(n, lengths)
+    gates = pulse.run_gates(logit, mask, 0.3)
+    want = run_average_reference(gates, values, causal)
+    np.testing.assert_allclose(run_average(gates, values, causal=causal), want, atol=5e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_run_average_gradient(causal):
+    # No padding: at a gate of exactly 0 the derivative is of size 1 / eps.
+    logit, mask, values = runs(7, [7, 7])
+    soft = np.float64(pulse.run_gates(logit, mask, 0.5))
+    assert_gradient(
+        lambda g, v: run_average(g, v, causal=causal),
+        lambda g, v: run_average_reference(g, v, causal),
+        [soft, np.float64(values)],
+    )
+
+
+def test_run_average_of_known_runs():
+    gates = jnp.array([1, 1, 0, 1, 1, 1, 0], bool).reshape(1, 1, 1, 7)
+    values = jnp.array([1.0, 3, 100, 2, 4, 9, 100]).reshape(1, 1, 7, 1)
+    for method in METHODS:
+        whole = run_average(gates, values, method)
+        np.testing.assert_allclose(whole.ravel(), [2, 2, 0, 5, 5, 5, 0], rtol=1e-5)
+        so_far = run_average(gates, values, method, causal=True)
+        np.testing.assert_allclose(so_far.ravel(), [1, 2, 0, 2, 3, 5, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("tau", [None, 0.4])
+def test_streaming_equals_the_causal_scan(tau):
+    logit, mask, values = runs(75, [75, 40])
+    gates = pulse.run_gates(logit, mask, tau or 1.0, True if tau is None else 0.0)
+
+    def stream(values):
+        state, out = run_average_init(2, 2, 3, 4), []
+        for i in range(75):
+            state, mean = run_average_step(state, gates[..., i], values[:, :, i])
+            out.append(mean)
+        return jnp.stack(out, axis=3)
+
+    want = run_average(gates, values, causal=True)
+    np.testing.assert_allclose(jax.jit(stream)(values), want, atol=5e-6)
+    weight = jax.random.normal(jax.random.key(2), want.shape)
+    got_grad = jax.jit(jax.grad(lambda v: jnp.sum(weight * stream(v))))(values)
+    want_grad = jax.grad(lambda v: jnp.sum(weight * run_average(gates, v, causal=True)))(values)
+    np.testing.assert_allclose(got_grad, want_grad, atol=2e-5)
+
+
+def test_run_forms_for_binary_gates_refuse_others():
+    logit, mask, values = runs(7, [7])
+    gates = pulse.run_gates(logit, mask, 1.0)
+    for method in (AccumulateMethod.PREFIX, AccumulateMethod.MATMUL):
+        with pytest.raises(InputError, match="boolean"):
+            run_average(gates, values, method)
+
+
+def test_run_prefix_stays_accurate_at_two_minutes():
+    logit, mask, values = runs(6000, [6000], h=1, p=2, c=2)
+    gates = pulse.run_gates(logit, mask, 1.0, True)
+    values = values + 30.0
+    want = run_average_reference(gates, values)
+    got = run_average(gates, values, AccumulateMethod.PREFIX)
+    np.testing.assert_allclose(got, want, atol=2e-4)
