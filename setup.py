@@ -41,7 +41,13 @@ EXTRAS = {
     "tfds": ["tensorflow-cpu>=2.20"],
     "torch": ["torch>=2.10", "transformers>=5"],
     "demo": ["gradio>=6"],
-    "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.150", "ruff>=0.15,<0.18", "pyright>=1.1.400"],
+    "test": [
+        "pytest>=9",
+        "pytest-xdist>=3.8",
+        "hypothesis>=6.150",
+        "ruff>=0.15,<0.18",
+        "pyright>=1.1.400",
+    ],
 }
 
 setup(

@@ -106,7 +106,7 @@ class BatchSource:
 
     Args:
         corpus: where the audio and the texts come from.
-        tokenizer: turns texts into targets.
+        tokenizer: turns texts into targets; None for decoding: targets are empty and no text is unfit.
         config: see `BatchConfig`.
         frames_of: encoder frames of a number of samples. When given, utterances whose target needs
             more frames (`min_frames`) than the fastest speed factor leaves are skipped: CTC cannot
@@ -120,7 +120,7 @@ class BatchSource:
     def __init__(
         self,
         corpus: Corpus,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         config: BatchConfig,
         frames_of: Callable[[int], int] | None = None,
     ):
@@ -133,7 +133,7 @@ class BatchSource:
         self._plans: dict[int, list[_Planned]] = {}
         self._lock = threading.Lock()
 
-    def _keep(self, tokenizer: Tokenizer, frames_of: Callable[[int], int] | None) -> None:
+    def _keep(self, tokenizer: Tokenizer | None, frames_of: Callable[[int], int] | None) -> None:
         fastest = max(self.config.speed_factors)
         limit = self.config.max_seconds * SAMPLE_RATE
         kept: list[int] = []
@@ -143,10 +143,10 @@ class BatchSource:
             if utterance.num_samples > limit:
                 seconds = utterance.num_samples / SAMPLE_RATE
                 reason = f"{seconds:.1f} s is above max_seconds = {self.config.max_seconds:g}"
-            elif unknown := tokenizer.can_encode(utterance.text):
+            elif unknown := tokenizer.can_encode(utterance.text) if tokenizer else set():
                 reason = f"the tokenizer lacks {sorted(unknown)}"
             else:
-                target = tokenizer.encode(utterance.text)
+                target = tokenizer.encode(utterance.text) if tokenizer else np.zeros(0, np.int32)
                 needed = min_frames(target)
                 frames = (
                     frames_of(speed_length(utterance.num_samples, fastest)) if frames_of else needed

@@ -46,7 +46,14 @@ _GENERATOR = 1  # raise it when the audio of a configuration changes
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """Size and seed of the synthetic corpus, in utterances."""
+    """Size and seed of the synthetic corpus.
+
+    Attributes:
+        num_train: utterances to train on.
+        num_dev: utterances for development.
+        num_test: utterances to test on.
+        seed: of sentences, voices and their variation.
+    """
 
     num_train: int = 2400
     num_dev: int = 100

@@ -51,7 +51,9 @@ class WaveformFrontEnd(nnx.Module):
             num_samples = conv_length(num_samples, kernel, stride)
         return num_samples
 
-    def __call__(self, audio: Audio, lengths: Lengths, key: Array | None = None) -> tuple[Frames, Lengths]:
+    def __call__(
+        self, audio: Audio, lengths: Lengths, key: Array | None = None
+    ) -> tuple[Frames, Lengths]:
         """`[b t], [b] -> [b n channels], [b]`. `key` is not used: this front end does not augment."""
         del key
         x = normalize_features(audio[..., None], lengths)

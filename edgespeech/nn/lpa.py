@@ -162,6 +162,9 @@ class LPA(nnx.Module):
             8 to 0.25 frames for rectangles and 1 to 0.02 for the other gates.
         hard: straight-through strength of the binary gates, float32 in [0, 1].
         inference: static; binary gates by comparisons only (`harden`).
+
+    Raises:
+        InputError: num_heads does not divide the width.
     """
 
     def __init__(
@@ -349,7 +352,7 @@ class LPA(nnx.Module):
 
     def _pulses(self, gates: dict, values: Array, alpha: Array) -> Float[Array, "b h n c"]:
         """`sum_p alpha_p g_pi A_p` over all kinds."""
-        pulse_axis = alpha.ndim - 1 if self.config.readout == "static" else alpha.ndim - 2
+        pulse_axis = 1 if alpha.ndim == 2 else 2
         sizes = np.cumsum([gate.shape[2] for gate in gates.values()])[:-1]
         weights = dict(zip(gates, jnp.split(alpha, sizes, axis=pulse_axis), strict=True))
         y = jnp.zeros((), jnp.float32)

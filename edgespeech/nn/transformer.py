@@ -103,7 +103,9 @@ def run_layers(
             x = layers[start](x, lengths, keys[start])
             outputs.append(x)
         else:
-            states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(s for _, s in splits[start:stop]))
+            states = jax.tree.map(
+                lambda *leaves: jnp.stack(leaves), *(s for _, s in splits[start:stop])
+            )
             stacked_keys = None if keys[start] is None else jnp.stack(keys[start:stop])
 
             def body(x, layer, graphdef=graphdef):
@@ -133,7 +135,9 @@ class ConvPositions(nnx.Module):
         init = nnx.initializers.normal((4.0 / (kernel_size * d / groups)) ** 0.5)
         self.groups = groups
         self.direction = nnx.Param(init(rngs.params(), (kernel_size, d // groups, d)))
-        self.gain = nnx.Param(jnp.sqrt(jnp.sum(jnp.square(self.direction[...]), (1, 2), keepdims=True)))
+        self.gain = nnx.Param(
+            jnp.sqrt(jnp.sum(jnp.square(self.direction[...]), (1, 2), keepdims=True))
+        )
         self.bias = nnx.Param(jnp.zeros(d))
 
     def kernel(self) -> jax.Array:

@@ -26,7 +26,9 @@ def mel_filters(num_mels: int) -> np.ndarray:
     def to_mel(hz):
         return 2595.0 * np.log10(1.0 + np.asarray(hz) / 700.0)
 
-    edges = 700.0 * (10.0 ** (np.linspace(to_mel(20.0), to_mel(7600.0), num_mels + 2) / 2595.0) - 1.0)
+    edges = 700.0 * (
+        10.0 ** (np.linspace(to_mel(20.0), to_mel(7600.0), num_mels + 2) / 2595.0) - 1.0
+    )
     hz = np.arange(FFT // 2 + 1) * SAMPLE_RATE / FFT
     rising = (hz[:, None] - edges[None, :-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[None, 2:] - hz[:, None]) / (edges[2:] - edges[1:-1])
@@ -86,7 +88,9 @@ class SpecAugmentConfig:
                 raise ValueError(f"spec_augment.{field.name} is {value}: it must be at least 0")
 
 
-def _random_spans(key: Array, batch: int, count: int, max_width: int, limit: Array) -> tuple[Array, Array]:
+def _random_spans(
+    key: Array, batch: int, count: int, max_width: int, limit: Array
+) -> tuple[Array, Array]:
     """Starts and ends `[b count]` of uniform spans of width 0..max_width inside `[0, limit)`."""
     width_key, start_key = jax.random.split(key)
     width = jax.random.uniform(width_key, (batch, count)) * (max_width + 1)

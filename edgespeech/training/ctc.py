@@ -21,7 +21,9 @@ def ctc_per_token(logits, lengths, batch: Batch) -> Float[Array, "b"]:
 
 
 def ctc_objective(
-    graphdef: nnx.GraphDef, intermediate_layers: tuple[int, ...] = (), intermediate_weight: float = 0.3
+    graphdef: nnx.GraphDef,
+    intermediate_layers: tuple[int, ...] = (),
+    intermediate_weight: float = 0.3,
 ) -> LossFunction:
     """CTC at the last layer, and at intermediate ones through the same head (Lee and Watanabe, 2021, arXiv 2102.03216).
 

@@ -55,15 +55,23 @@ class OptimizerConfig:
     average_decay: float = 0.99
 
     def __post_init__(self):
-        for name, low, high in (("warmup", 0.0, 1.0), ("final_rate", 0.0, 1.0), ("average_decay", 0.0, 0.99999)):
+        for name, low, high in (
+            ("warmup", 0.0, 1.0),
+            ("final_rate", 0.0, 1.0),
+            ("average_decay", 0.0, 0.99999),
+        ):
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be in [{low:g}, {high:g}]")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}: it must be in [{low:g}, {high:g}]"
+                )
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, params: PyTree) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, params: PyTree
+) -> optax.GradientTransformation:
     """Clip, then AdamW (Loshchilov and Hutter, 2019; betas 0.9 and 0.98), over the vector of the params.
 
     Args:

@@ -22,6 +22,9 @@ from edgespeech.ops.accumulate import (
 from edgespeech.ops.mask import mask_from_lengths
 
 METHODS = list(AccumulateMethod)
+# One compilation instead of one an operation.
+run_average_jit = jax.jit(run_average, static_argnums=(2, 3))
+pulse_average_jit = jax.jit(pulse_average, static_argnums=2)
 SHAPES = [(1, [1]), (2, [2, 1]), (7, [7, 3]), (75, [75, 40]), (400, [390])]
 
 
@@ -49,7 +52,7 @@ def test_pulse_average_of_rectangles(n, lengths, dtype):
     values = values.astype(dtype)
     want = pulse_average_reference(gates, np.float64(values))
     for method in METHODS:
-        got = pulse_average(gates, values, method, bounds)
+        got = pulse_average_jit(gates, values, method, bounds)
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, atol=2e-6, rtol=2e-6, err_msg=method.name)
 
@@ -60,7 +63,8 @@ def test_pulse_average_of_soft_gates(n, lengths):
     gates = pulse.run_gates(logit, mask, 0.5)
     want = pulse_average_reference(gates, values)
     for method in (AccumulateMethod.MATMUL, AccumulateMethod.SCAN):
-        np.testing.assert_allclose(pulse_average(gates, values, method), want, atol=2e-6, rtol=2e-6)
+        got = pulse_average_jit(gates, values, method)
+        np.testing.assert_allclose(got, want, atol=2e-6, rtol=2e-6)
 
 
 def numeric(function, arrays, direction, eps=1e-6):
@@ -77,9 +81,8 @@ def assert_gradient(fast, slow, arrays, seed=5, tol=2e-5):
     rng = np.random.default_rng(seed)
     weight = rng.normal(size=slow(*arrays).shape)
     direction = [rng.normal(size=a.shape) for a in arrays]
-    grads = jax.grad(lambda a: jnp.sum(jnp.float32(weight) * fast(*a)))(
-        [jnp.float32(a) for a in arrays]
-    )
+    loss = jax.jit(jax.grad(lambda a: jnp.sum(jnp.float32(weight) * fast(*a))))
+    grads = loss([jnp.float32(a) for a in arrays])
     got = sum(np.sum(np.float64(g) * d) for g, d in zip(grads, direction, strict=True))
     want = numeric(lambda *a: np.sum(weight * slow(*a)), arrays, direction)
     scale = sum(np.linalg.norm(g) for g in grads)
@@ -108,7 +111,9 @@ def test_pulse_average_gradients_agree_pairwise(n):
     gates, values, bounds = rectangles(n, [n, max(1, n // 3)])
     weight = jax.random.normal(jax.random.key(0), (2, 2, 3, 4))
     grads = [
-        jax.grad(lambda v, m=m: jnp.sum(weight * pulse_average(gates, v, m, bounds)))(values)
+        jax.jit(jax.grad(lambda v, m=m: jnp.sum(weight * pulse_average(gates, v, m, bounds))))(
+            values
+        )
         for m in METHODS
     ]
     for grad in grads[1:]:
@@ -129,8 +134,7 @@ def test_empty_pulse_averages_to_zero_with_finite_gradient():
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_two_minutes_stay_accurate(offset):
-    gates, values, bounds = rectangles(6000, [6000], h=1, p=4)
-    values = values + offset
+    values = jax.random.normal(jax.random.key(0), (1, 1, 6000, 4)) + offset
     # Narrow pulses at the far end are where a plain prefix sum loses its digits.
     start = jnp.array([[[5990, 5000, 3, 0]]], jnp.int32)
     bounds = (start, start + jnp.array([1, 7, 40, 6000]))
@@ -138,7 +142,7 @@ def test_two_minutes_stay_accurate(offset):
     gates = (i >= bounds[0][..., None]) & (i < bounds[1][..., None])
     want = pulse_average_reference(gates, values)
     for method in METHODS:
-        got = pulse_average(gates, values, method, bounds)
+        got = pulse_average_jit(gates, values, method, bounds)
         np.testing.assert_allclose(got, want, atol=5e-5, rtol=2e-6, err_msg=method.name)
 
 
@@ -167,31 +171,39 @@ def test_broadcast(per_frame):
 # ----------------------------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("n", "lengths"), SHAPES)
+@pytest.mark.parametrize(
+    ("n", "lengths", "causal"),
+    [(*shape, False) for shape in SHAPES] + [(*shape, True) for shape in SHAPES[2:4]],
+)
 def test_run_average_of_binary_gates(n, lengths, causal):
     logit, mask, values = runs(n, lengths)
     gates = pulse.run_gates(logit, mask, 1.0, True)
     want = run_average_reference(gates, values, causal)
     weight = jax.random.normal(jax.random.key(1), want.shape)
     grads = []
-    for method in METHODS:
-        got = run_average(gates, values, method, causal)
+    for method in METHODS[1:]:  # AUTO is one of them
+
+        @jax.jit
+        def value_and_vjp(values, method=method):
+            mean, vjp = jax.vjp(lambda v: run_average(gates, v, method, causal), values)
+            return mean, vjp(weight)[0]
+
+        got, grad = value_and_vjp(values)
         np.testing.assert_allclose(got, want, atol=5e-6, rtol=2e-6, err_msg=method.name)
-        grads.append(
-            jax.grad(lambda v, m=method: jnp.sum(weight * run_average(gates, v, m, causal)))(values)
-        )
+        grads.append(grad)
     for grad in grads[1:]:
         np.testing.assert_allclose(grad, grads[0], atol=2e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("n", "lengths"), SHAPES[:4])
+@pytest.mark.parametrize(("n", "lengths"), SHAPES[1:4:2])
 def test_run_average_of_soft_gates(n, lengths, causal):
     logit, mask, values = runs(n, lengths)
     gates = pulse.run_gates(logit, mask, 0.3)
     want = run_average_reference(gates, values, causal)
-    np.testing.assert_allclose(run_average(gates, values, causal=causal), want, atol=5e-6)
+    np.testing.assert_allclose(
+        run_average_jit(gates, values, AccumulateMethod.AUTO, causal), want, atol=5e-6
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -200,7 +212,7 @@ def test_run_average_gradient(causal):
     logit, mask, values = runs(7, [7, 7])
     soft = np.float64(pulse.run_gates(logit, mask, 0.5))
     assert_gradient(
-        lambda g, v: run_average(g, v, causal=causal),
+        lambda g, v: run_average_jit(g, v, AccumulateMethod.AUTO, causal),
         lambda g, v: run_average_reference(g, v, causal),
         [soft, np.float64(values)],
     )
@@ -210,9 +222,9 @@ def test_run_average_of_known_runs():
     gates = jnp.array([1, 1, 0, 1, 1, 1, 0], bool).reshape(1, 1, 1, 7)
     values = jnp.array([1.0, 3, 100, 2, 4, 9, 100]).reshape(1, 1, 7, 1)
     for method in METHODS:
-        whole = run_average(gates, values, method)
+        whole = run_average_jit(gates, values, method, False)
         np.testing.assert_allclose(whole.ravel(), [2, 2, 0, 5, 5, 5, 0], rtol=1e-5)
-        so_far = run_average(gates, values, method, causal=True)
+        so_far = run_average_jit(gates, values, method, True)
         np.testing.assert_allclose(so_far.ravel(), [1, 2, 0, 2, 3, 5, 0], rtol=1e-5)
 
 
@@ -222,17 +234,25 @@ def test_streaming_equals_the_causal_scan(tau):
     gates = pulse.run_gates(logit, mask, tau or 1.0, True if tau is None else 0.0)
 
     def stream(values):
-        state, out = run_average_init(2, 2, 3, 4), []
-        for i in range(75):
-            state, mean = run_average_step(state, gates[..., i], values[:, :, i])
-            out.append(mean)
-        return jnp.stack(out, axis=3)
+        def step(state, frame):
+            return run_average_step(state, *frame)
 
-    want = run_average(gates, values, causal=True)
-    np.testing.assert_allclose(jax.jit(stream)(values), want, atol=5e-6)
-    weight = jax.random.normal(jax.random.key(2), want.shape)
-    got_grad = jax.jit(jax.grad(lambda v: jnp.sum(weight * stream(v))))(values)
-    want_grad = jax.grad(lambda v: jnp.sum(weight * run_average(gates, v, causal=True)))(values)
+        frames = jnp.moveaxis(gates, 3, 0), jnp.moveaxis(values, 2, 0)
+        return jnp.moveaxis(jax.lax.scan(step, run_average_init(2, 2, 3, 4), frames)[1], 0, 3)
+
+    weight = jax.random.normal(jax.random.key(2), (2, 2, 3, 75, 4))
+
+    @jax.jit
+    def both(values):
+        def with_gradient(function):
+            out, vjp = jax.vjp(function, values)
+            return out, vjp(weight)[0]
+
+        scan = with_gradient(lambda v: run_average(gates, v, AccumulateMethod.SCAN, causal=True))
+        return with_gradient(stream), scan
+
+    (got, got_grad), (want, want_grad) = both(values)
+    np.testing.assert_allclose(got, want, atol=5e-6)
     np.testing.assert_allclose(got_grad, want_grad, atol=2e-5)
 
 

@@ -53,6 +53,7 @@ def make(kind, lengths, n, seed=0):
 )
 def test_matches_reference(kind, n, lengths):
     params, fast, slow = make(kind, lengths, n)
+    fast = jax.jit(fast)
     for tau, hard in ((1.0, 0.0), (8.0, 0.5), (0.25, 0.25), (1.0, 1.0)):
         gates = np.asarray(fast(params, tau, hard))
         assert gates.dtype == np.float32
@@ -86,22 +87,21 @@ def test_gradient_matches_finite_differences(kind, tau):
         return jnp.sum(jnp.asarray(weight, jnp.float32) * fast(params, tau, hard))
 
     as32 = tuple(jnp.asarray(p, jnp.float32) for p in params)
-    grads = jax.grad(loss)(as32, 0.0)
+    gradient = jax.jit(jax.grad(loss))
+    grads = gradient(as32, 0.0)
     got = sum(np.sum(np.float64(g) * d) for g, d in zip(grads, direction, strict=True))
     eps = 1e-5
     ends = [
         np.sum(
             weight
-            * slow(
-                tuple(p + s * eps * d for p, d in zip(params, direction, strict=True)), tau, 0.0
-            )
+            * slow(tuple(p + s * eps * d for p, d in zip(params, direction, strict=True)), tau, 0.0)
         )
         for s in (1, -1)
     ]
     want = (ends[0] - ends[1]) / (2 * eps)
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
     # Straight through: the binary value keeps the soft gradient.
-    for soft, hard in zip(grads, jax.grad(loss)(as32, 1.0), strict=True):
+    for soft, hard in zip(grads, gradient(as32, 1.0), strict=True):
         np.testing.assert_array_equal(soft, hard)
 
 

@@ -1,0 +1,45 @@
+"""The mixers that can take attention's place: LPA, and the controls that any claim about it needs."""
+
+from collections.abc import Callable
+
+from flax import nnx
+
+from edgespeech.nn.attention import SelfAttention
+from edgespeech.nn.lpa import LPA, LPAConfig
+from edgespeech.nn.token_mixer_controls import Removed, SlidingWindowAttention
+
+# attention, rngs -> mixer
+MixerFactory = Callable[[SelfAttention, nnx.Rngs], nnx.Module]
+
+# Each with the same number of pulses in all; "mean only" and "local path only" tell whether pulses do the work.
+LPA_CONTROLS = {
+    "mean_only": LPAConfig.mean_only,
+    "local_only": LPAConfig.local_only,
+    "aperiodic_only": LPAConfig.aperiodic_only,
+    "runs_only": LPAConfig.runs_only,
+    "periodic_only": LPAConfig.periodic_only,
+    "positional_only": LPAConfig.positional_only,
+}
+CONTROLS = (*LPA_CONTROLS, "sliding_window", "removed")
+DEFAULT_CONTROLS = ("mean_only", "local_only", "removed")
+
+
+def lpa_factory(config: LPAConfig) -> MixerFactory:
+    """LPA with the attention's value and output projections."""
+    return lambda attention, rngs: LPA.from_attention(attention, config, rngs=rngs)
+
+
+def control_factory(name: str, window: int) -> MixerFactory:
+    """The control of that name.
+
+    Args:
+        name: one of `CONTROLS`.
+        window: frames that a query of the sliding-window control sees, itself in the middle.
+    """
+    if name in LPA_CONTROLS:
+        return lpa_factory(LPA_CONTROLS[name]())
+    if name == "sliding_window":
+        return lambda attention, rngs: SlidingWindowAttention.from_attention(attention, window)
+    if name == "removed":
+        return lambda attention, rngs: Removed()
+    raise ValueError(f"control {name!r} is not known: choose from {', '.join(CONTROLS)}")

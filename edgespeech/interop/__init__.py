@@ -1,0 +1,1 @@
+"""Models on disk: our own folders, other projects' weights, exported programs."""

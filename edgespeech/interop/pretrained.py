@@ -1,0 +1,137 @@
+"""A model as a folder: `model.json`, `weights.safetensors`, `tokenizer.json`; nothing in it is executed."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from edgespeech.conversion.layers import mixer_layers
+from edgespeech.data.tokenizer import Tokenizer, load_tokenizer
+from edgespeech.errors import InputError
+from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from edgespeech.nn.attention import SelfAttention
+from edgespeech.nn.lpa import LPA, LPAConfig, harden
+from edgespeech.nn.token_mixer_controls import Removed, SlidingWindowAttention
+from edgespeech.ops.features import SpecAugmentConfig
+
+FORMAT = 1
+
+
+def save_pretrained(
+    folder: Path, model: Wav2Vec2, tokenizer: Tokenizer, about: dict[str, Any]
+) -> None:
+    """Writes a model; LPA layers are saved as hard, which is how they are loaded.
+
+    Args:
+        folder: made when missing; `model.json` is written last, so that a half-written folder does not load.
+        model: teacher or hybrid.
+        tokenizer: of its head.
+        about: what a reader may want to know (data, WER, date), plain JSON.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    weights = {name: np.asarray(value[...]) for name, value in _named_params(model).items()}
+    save_file(weights, folder / "weights.safetensors")
+    description = {
+        "format": FORMAT,
+        "family": "wav2vec2",
+        "config": dataclasses.asdict(model.config),
+        "mixers": [_describe(layer.mixer) for layer in mixer_layers(model).values()],
+        "about": about,
+    }
+    (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def load_pretrained(folder: Path) -> tuple[Wav2Vec2, Tokenizer, dict[str, Any]]:
+    """Reads what `save_pretrained` wrote: model, tokenizer, about.
+
+    Raises:
+        InputError: a file is missing or damaged, or the weights are not those that `model.json` describes (the message
+            names the tensors).
+    """
+    path = folder / "model.json"
+    try:
+        description = json.loads(path.read_text())
+        if description["format"] != FORMAT or description["family"] != "wav2vec2":
+            raise InputError(
+                f"{path} is of format {description['format']}, family {description['family']!r}: this version reads "
+                f"format {FORMAT} of the family 'wav2vec2'"
+            )
+        augment = SpecAugmentConfig(**description["config"].pop("spec_augment"))
+        config = Wav2Vec2Config(**description["config"], spec_augment=augment)
+        model = Wav2Vec2(config, rngs=nnx.Rngs(0))
+        layers = mixer_layers(model).values()
+        for layer, mixer in zip(layers, description["mixers"], strict=True):
+            layer.mixer = _build(layer.mixer, mixer)
+        weights = load_file(folder / "weights.safetensors")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{error.filename} is missing: name a folder that holds a saved model (model.json, weights.safetensors, "
+            "tokenizer.json), such as WORKDIR/teacher"
+        ) from error
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(
+            f"{folder} does not hold a readable model ({error!r}): save it again"
+        ) from error
+    params = _named_params(model)
+    _require_equal(
+        folder, {n: p.shape for n, p in params.items()}, {n: w.shape for n, w in weights.items()}
+    )
+    for name, param in params.items():
+        param[...] = jax.numpy.asarray(weights[name])
+    return model, load_tokenizer(folder), description["about"]
+
+
+def _named_params(model: nnx.Module) -> dict[str, nnx.Param]:
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): value for path, value in flat}
+
+
+def _require_equal(folder: Path, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
+    faults = [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    faults += [f"{name} is not part of the model" for name in found.keys() - wanted.keys()]
+    faults += [
+        f"{name} has shape {list(found[name])} instead of {list(wanted[name])}"
+        for name in wanted.keys() & found.keys()
+        if wanted[name] != found[name]
+    ]
+    if faults:
+        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise InputError(
+            f"{folder}/weights.safetensors belongs to another model: {'; '.join(sorted(faults)[:8])}{more}"
+        )
+
+
+def _describe(mixer: nnx.Module) -> dict[str, Any]:
+    if isinstance(mixer, LPA):
+        return {"kind": "lpa", "config": dataclasses.asdict(mixer.config)}
+    if isinstance(mixer, SlidingWindowAttention):
+        return {"kind": "sliding_window", "window": mixer.window}
+    if isinstance(mixer, Removed):
+        return {"kind": "removed"}
+    if isinstance(mixer, SelfAttention):
+        return {"kind": "attention"}
+    raise TypeError(f"cannot save a mixer of type {type(mixer).__name__}")
+
+
+def _build(attention: SelfAttention, description: dict[str, Any]) -> nnx.Module:
+    """The mixer that a description names, in the size of the attention that stands in its place."""
+    kind = description["kind"]
+    if kind == "attention":
+        return attention
+    if kind == "lpa":
+        lpa = LPA.from_attention(attention, LPAConfig(**description["config"]), rngs=nnx.Rngs(0))
+        return harden(lpa)
+    if kind == "sliding_window":
+        return SlidingWindowAttention.from_attention(attention, description["window"])
+    if kind == "removed":
+        return Removed()
+    raise InputError(f"model.json names a mixer of kind {kind!r}, which this version does not know")
