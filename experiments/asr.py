@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -12,11 +13,10 @@ from edgespeech.conversion.capture import capture
 from edgespeech.conversion.layers import mixer_layers
 from edgespeech.data.batching import BatchSource
 from edgespeech.data.corpus import Corpus, Skipped
-from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.evaluation.decode import GreedyDecoder
 from edgespeech.evaluation.plots import loss_curves, pulses_over_spectrogram, sweep_bars, wer_curve
 from edgespeech.evaluation.wer import WerResult, paired_bootstrap, score
-from edgespeech.models.wav2vec2 import count_parameters
+from edgespeech.models.wav2vec2 import Wav2Vec2, count_parameters
 from edgespeech.nn.lpa import LPA
 from edgespeech.ops.features import log_mel
 from edgespeech.training.metrics import read_metrics
@@ -109,15 +109,15 @@ def describe(train: Corpus, dev: Corpus, test: Corpus, source: BatchSource) -> s
 def describe_data(kind: str) -> str:
     """A sentence on the kind of data."""
     if kind == "synthetic":
-        return "speech synthesised by espeak-ng from a phrase grammar; train, dev and test share no voice and no sentence"
+        return (
+            "speech synthesised by espeak-ng from a phrase grammar; "
+            "train, dev and test share no voice and no sentence"
+        )
     return f"read speech, kind {kind}"
 
 
-def draw(
-    workdir: Path, report: dict, hybrid: nnx.Module, tokenizer: Tokenizer, source: BatchSource
-) -> None:
+def draw(workdir: Path, report: dict, hybrid: Wav2Vec2, source: BatchSource) -> None:
     """Draws sweep, WER curve, losses, and the pulses of one utterance into `plots/`."""
-    del tokenizer
     plots = workdir / "plots"
     plots.mkdir(exist_ok=True)
     note = f"{report['data']['kind']} data"
@@ -135,7 +135,7 @@ def draw(
     samples = int(batch.audio_lengths[row])
     audio, lengths = batch.audio[row : row + 1, :samples], batch.audio_lengths[row : row + 1]
     _, calls = capture(hybrid, audio, lengths)
-    mel = np.asarray(log_mel(audio)[0])
+    mel = np.asarray(log_mel(jnp.asarray(audio))[0])
     text = source.corpus.utterances[int(batch.index[row])].text
     for number, layer in enumerate(mixer_layers(hybrid).values(), 1):
         if isinstance(layer.mixer, LPA):

@@ -78,10 +78,11 @@ def read_config(prefix: str, default: Config) -> Config:
         if dataclasses.is_dataclass(value):
             given[field.name] = read_config(name, value)
         elif name in FLAGS and FLAGS[name].value is not None:
-            given[field.name] = FLAGS[name].value
+            value = FLAGS[name].value
             if typing.get_origin(hints[field.name]) is tuple:
                 kind = typing.get_args(hints[field.name])[0]
-                given[field.name] = tuple(_number(name, kind, v) for v in FLAGS[name].value)
+                value = tuple(_number(name, kind, text) for text in FLAGS[name].value or ())
+            given[field.name] = value
     try:
         return dataclasses.replace(default, **given)  # type: ignore[type-var]
     except ValueError as error:
@@ -103,7 +104,7 @@ def int_list(name: str, low: int, high: int) -> tuple[int, ...]:
     Raises:
         InputError: one is not an integer in [low, high].
     """
-    values = tuple(sorted({_number(name, int, text) for text in FLAGS[name].value}))
+    values = tuple(sorted({_number(name, int, text) for text in FLAGS[name].value or []}))
     for value in values:
         if not low <= value <= high:
             raise InputError(f"--{name} holds {value}: give values from {low} to {high}")

@@ -44,7 +44,7 @@ from edgespeech.nn.lpa import LPAConfig
 from edgespeech.training.ctc import ctc_objective
 from edgespeech.training.loop import LoopConfig, train
 from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
-from experiments import asr, run
+from experiments import asr, program, run
 from experiments.flags import define_config, int_list, read_config
 
 FLAGS = flags.FLAGS
@@ -123,6 +123,7 @@ flags.DEFINE_integer("save_every", 200, "Updates between checkpoints.", lower_bo
 
 
 def experiment() -> None:
+    """The whole job, from data to report."""
     # ---------------------------------------------------------------- settings, checked before anything is computed
     model_config = read_config("model", PRESETS[FLAGS.preset]())
     optimizer_config = read_config("optimizer", OptimizerConfig(learning_rate=2e-3))
@@ -234,7 +235,7 @@ def experiment() -> None:
     # ---------------------------------------------------------------- report
     report = {
         "title": "Attention to LPA: WER against the number of replaced layers",
-        "command": run.command_line(),
+        "command": program.command_line(),
         "date": datetime.date.today().isoformat(),
         "data": {
             "kind": kind,
@@ -264,12 +265,13 @@ def experiment() -> None:
         "seeds": {"seed": FLAGS.seed},
         "notes": [note for corpus in (train_set, dev_set, test_set) for note in corpus.notes],
     }
-    asr.draw(workdir.path, report, hybrid, tokenizer, test_source)
+    asr.draw(workdir.path, report, hybrid, test_source)
     write_report(workdir.path, report)
     say(f"report: {workdir.path / 'report.md'}")
 
 
 def say(text: str) -> None:
+    """Prints unless --quiet."""
     if not FLAGS.quiet:
         print(text, flush=True)
 
@@ -315,6 +317,7 @@ def open_data() -> tuple[Corpus, Corpus, Corpus]:
 
 
 def make_tokenizer(train_set: Corpus) -> Tokenizer:
+    """Characters, or word pieces learned from the training text."""
     if FLAGS.tokenizer == "char":
         return CharTokenizer()
     return SentencePieceTokenizer.train([u.text for u in train_set.utterances], FLAGS.bpe_size)
@@ -351,4 +354,4 @@ def train_teacher(workdir, model_config, optimizer_config, intermediate, source,
 
 
 if __name__ == "__main__":
-    run.main(experiment)
+    program.main(experiment)

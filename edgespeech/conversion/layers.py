@@ -1,11 +1,13 @@
-"""Finding the layers of a model that have a `mixer`, and naming their mixers."""
+"""Finding the layers of a model that have a `mixer`."""
+
+from typing import Any
 
 from flax import nnx
 
 from edgespeech.errors import InputError
 
 
-def mixer_layers(model: nnx.Module) -> dict[tuple, nnx.Module]:
+def mixer_layers(model: nnx.Module) -> dict[tuple, Any]:
     """The modules with an attribute `mixer`, by path, in the order of their paths (`layers`, 0), (`layers`, 1), ...
 
     Raises:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,14 +60,14 @@ class Job:
 class Teacher:
     """A trained model and the two things that a conversion asks of it, compiled once for each batch shape."""
 
-    def __init__(self, model: nnx.Module):
+    def __init__(self, model: Any):
         self.model = model
         graphdef, self.state = nnx.split(model)
         scanned = nnx.clone(model)
         scanned.scan_layers = True
         scanned_graphdef, _ = nnx.split(scanned)
 
-        def lesson(state, batch: Batch):
+        def lesson(state, batch):
             output = nnx.merge(scanned_graphdef, state)(batch.audio, batch.audio_lengths)
             return output.logits, output.hidden
 
@@ -79,7 +80,8 @@ class Teacher:
 
     def lesson(self, batch: Batch, frozen: nnx.State) -> Lesson:
         """The batch with the teacher's logits and hidden states."""
-        return Lesson(batch, *self._lesson(self.state, batch), frozen)
+        logits, hidden = self._lesson(self.state, batch)
+        return Lesson(batch, logits, hidden, frozen)
 
 
 def run_sweep(
@@ -165,7 +167,7 @@ class Progressive:
         optimizer = optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.scale_by_adam(b1=0.9, b2=0.98),
-            optax.scale_by_learning_rate(config.schedule),
+            optax.scale_by_schedule(lambda step: -config.schedule(jnp.asarray(step))),
         )
         self._step = make_step(
             distil_objective(self._graphdef, order, config),
@@ -194,7 +196,7 @@ class Progressive:
         )
         self._count = count
 
-    def _student(self) -> nnx.Module:
+    def _student(self) -> Any:
         """The model with switches, hard, as it stands."""
         student = nnx.merge(
             self._graphdef, self._unravel(self._state.params), self._frozen, copy=True
@@ -208,7 +210,7 @@ class Progressive:
         """State for `graphdef`: the hybrid as it stands, through the same program for every number of layers."""
         return nnx.split(self._student())[1]
 
-    def hybrid(self) -> nnx.Module:
+    def hybrid(self) -> Any:
         """The hybrid as it stands, each slot holding one mixer."""
         student = self._student()
         student.scan_layers = False

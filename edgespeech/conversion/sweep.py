@@ -158,7 +158,7 @@ def layer_errors(
     set_annealing(replacement, jnp.ones(()), jnp.ones(()))
     _, params, rest = nnx.split(replacement, nnx.Param, ...)
     run = jax.jit(lambda p, r, batch: squared_errors(graphdef, p, r, batch))
-    total = sum(np.asarray(run(params, rest, batch), np.float64) for batch in pairs)
+    total = np.sum([np.asarray(run(params, rest, batch), np.float64) for batch in pairs], axis=0)
     count = sum(float(batch.lengths.sum()) for batch in pairs) * pairs[0].x.shape[-1]
     variances = output_variances(pairs)
     return [LayerError(float(t) / count, float(v)) for t, v in zip(total, variances, strict=True)]

@@ -7,12 +7,12 @@ Nothing needs to be saved to resume but the step, and hosts agree without talkin
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -61,6 +61,10 @@ class BatchConfig:
             )
 
 
+# NumPy arrays as they are built; the same tuple holds JAX arrays once it is on a device.
+Rows: TypeAlias = Any
+
+
 class Batch(NamedTuple):
     """One batch: padding is at the end of each row, and a filler row has weight 0.
 
@@ -74,12 +78,12 @@ class Batch(NamedTuple):
     removes it.
     """
 
-    audio: np.ndarray
-    audio_lengths: np.ndarray
-    targets: np.ndarray
-    target_lengths: np.ndarray
-    weights: np.ndarray
-    index: np.ndarray
+    audio: Rows
+    audio_lengths: Rows
+    targets: Rows
+    target_lengths: Rows
+    weights: Rows
+    index: Rows
 
 
 class BatchShape(NamedTuple):
@@ -256,7 +260,7 @@ class BatchSource:
 
     def iterator(
         self, start_step: int, num_steps: int, threads: int = 1, prefetch: int = 2
-    ) -> Iterator[tuple[int, Batch]]:
+    ) -> Generator[tuple[int, Batch], None, None]:
         """(step, batch) of `num_steps` steps from `start_step`, built ahead by threads, in order.
 
         An error in a thread is raised here, at its step. Closing the iterator, or dropping it,

@@ -81,7 +81,7 @@ class Wav2Vec2Config:
 
     @classmethod
     def tiny(cls) -> "Wav2Vec2Config":
-        """Twelve layers that two CPU cores can train: log-mel frames, layer norm first. [ours]"""
+        """Twelve layers that two CPU cores can train: log-mel frames, layer norm first (ours)."""
         return cls(
             width=144,
             num_heads=4,
@@ -96,7 +96,7 @@ class Wav2Vec2Config:
 
     @classmethod
     def small(cls) -> "Wav2Vec2Config":
-        """For some ten hours of real speech on a few cores: frames of 80 ms, which ask for word pieces. [ours]"""
+        """For some ten hours of real speech on a few cores: frames of 80 ms, which ask for word pieces (ours)."""
         return cls(
             width=192,
             num_heads=4,

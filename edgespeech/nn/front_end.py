@@ -88,7 +88,7 @@ class ConvBlock(nnx.Module):
 
 
 class LogMelFrontEnd(nnx.Module):
-    """Log-mel features, convolutions of stride 2 (each doubles the 10 ms of a frame), residual blocks. [ours]
+    """Log-mel features, convolutions of stride 2 (each doubles the 10 ms of a frame), residual blocks (ours).
 
     It stands in for the waveform front end where that one, more than half of wav2vec2-base's multiplications on short
     audio, is too dear to train.

@@ -11,8 +11,6 @@ a reading consistent with the paper's abstract, not a copy of its design.
     out = concat_h(y) W_O + b_O
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +19,7 @@ from jax.typing import DTypeLike
 
 from edgespeech.errors import InputError
 from edgespeech.nn.attention import SelfAttention
+from edgespeech.nn.lpa_config import LPAConfig
 from edgespeech.ops import pulse
 from edgespeech.ops.accumulate import EPS, broadcast, pulse_average, run_average, run_broadcast
 from edgespeech.ops.conv import depthwise_conv
@@ -30,115 +29,6 @@ from edgespeech.types import Array, Float, Frames, Lengths, Mask, Scalar
 # Temperatures at progress 0 and 1 (ours). A rectangle's is in frames; the other gates' has no unit.
 RECTANGLE_TAU = (8.0, 0.25)
 GATE_TAU = (1.0, 0.02)
-
-READOUTS = ("static", "content")
-
-
-@dataclass(frozen=True)
-class LPAConfig:
-    """Size and shape of an LPA mixer. All values are ours.
-
-    Attributes:
-        aperiodic: content-placed rectangles per head.
-        runs: run-form pulses per head (each run of open gates is averaged on its own).
-        periodic: periodic windows per head.
-        positional: windows over the position in the utterance, per head.
-        mean: all-ones gates per head.
-        kernel_size: odd; frames that the depthwise convolution in front of the content gates sees.
-        local: whether the local path `lambda DWConv(v)` is there.
-        local_kernel_size: odd; frames that the local path sees.
-        min_width: least width of a rectangle in frames, at least 1 so that none falls between two.
-        max_period: longest period in frames; periods are log-spaced from 2.
-        num_basis: cosines of a positional window.
-        readout: "static", one weight alpha per pulse, or "content",
-            `alpha_pi = alpha_p (1 + tanh(linear(z_i)_p))`, which starts equal to static.
-
-    Raises:
-        InputError: a value is out of range.
-    """
-
-    aperiodic: int = 8
-    runs: int = 0
-    periodic: int = 4
-    positional: int = 4
-    mean: int = 0
-    kernel_size: int = 15
-    local: bool = True
-    local_kernel_size: int = 15
-    min_width: float = 2.0
-    max_period: float = 256.0
-    num_basis: int = 16
-    readout: str = "static"
-
-    def __post_init__(self):
-        def require(name: str, is_right: bool, limit: str):
-            if not is_right:
-                raise InputError(f"LPAConfig.{name} is {getattr(self, name)!r}; it must be {limit}")
-
-        for name in ("aperiodic", "runs", "periodic", "positional", "mean"):
-            require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("kernel_size", "local_kernel_size"):
-            value = getattr(self, name)
-            require(name, value >= 1 and value % 2 == 1, "odd and at least 1")
-        require("min_width", self.min_width >= 1, "at least 1 frame")
-        require("max_period", self.max_period >= pulse.MIN_PERIOD, "at least 2 frames")
-        require("num_basis", self.num_basis >= 1, "at least 1")
-        require("readout", self.readout in READOUTS, f"one of {', '.join(READOUTS)}")
-        require("local", self.local or self.num_pulses > 0, "True where no pulses are configured")
-
-    @property
-    def num_pulses(self) -> int:
-        """Pulses of all kinds per head, p."""
-        return self.aperiodic + self.runs + self.periodic + self.positional + self.mean
-
-    @classmethod
-    def default(cls) -> "LPAConfig":
-        """8 rectangles, 4 periodic and 4 positional pulses per head."""
-        return cls()
-
-    @classmethod
-    def _only(
-        cls,
-        aperiodic: int = 0,
-        runs: int = 0,
-        periodic: int = 0,
-        positional: int = 0,
-        mean: int = 0,
-    ) -> "LPAConfig":
-        return cls(aperiodic, runs, periodic, positional, mean)
-
-    @classmethod
-    def mean_only(cls) -> "LPAConfig":
-        """Control: 16 all-ones gates and the local path, in the manner of SummaryMixing.
-
-        The 16 are alike and act as one; they keep the number of readout weights that others have.
-        """
-        return cls._only(mean=16)
-
-    @classmethod
-    def local_only(cls) -> "LPAConfig":
-        """Control: the local path without any pulse."""
-        return cls._only()
-
-    @classmethod
-    def aperiodic_only(cls) -> "LPAConfig":
-        """Control: 16 rectangles per head."""
-        return cls._only(aperiodic=16)
-
-    @classmethod
-    def runs_only(cls) -> "LPAConfig":
-        """Control: 16 run-form pulses per head."""
-        return cls._only(runs=16)
-
-    @classmethod
-    def periodic_only(cls) -> "LPAConfig":
-        """Control: 16 periodic pulses per head."""
-        return cls._only(periodic=16)
-
-    @classmethod
-    def positional_only(cls) -> "LPAConfig":
-        """Control: 16 positional pulses per head."""
-        return cls._only(positional=16)
 
 
 class Anneal(nnx.Variable):

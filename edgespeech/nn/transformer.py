@@ -106,7 +106,7 @@ def run_layers(
             states = jax.tree.map(
                 lambda *leaves: jnp.stack(leaves), *(s for _, s in splits[start:stop])
             )
-            stacked_keys = None if keys[start] is None else jnp.stack(keys[start:stop])
+            stacked_keys = _stack_keys(keys[start:stop])
 
             def body(x, layer, graphdef=graphdef):
                 state, key = layer
@@ -117,6 +117,11 @@ def run_layers(
             outputs.extend(stacked)
         start = stop
     return tuple(outputs)
+
+
+def _stack_keys(keys: Sequence[Array | None]) -> Array | None:
+    given = [key for key in keys if key is not None]
+    return jnp.stack(given) if given else None
 
 
 class ConvPositions(nnx.Module):

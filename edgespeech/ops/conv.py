@@ -1,5 +1,7 @@
 """Convolutions over time, and the lengths that come out of them."""
 
+from typing import overload
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,11 @@ from edgespeech.ops.mask import zero_padding
 from edgespeech.types import Array, Float, Frames, Mask
 
 
-def conv_length(length, kernel: int, stride: int):
+@overload
+def conv_length(length: int, kernel: int, stride: int) -> int: ...
+@overload
+def conv_length(length: Array, kernel: int, stride: int) -> Array: ...
+def conv_length(length, kernel, stride):
     """Output positions of an unpadded convolution: `max(0, (length - kernel) // stride + 1)`.
 
     Works on Python integers and on integer arrays.

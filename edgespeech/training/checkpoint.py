@@ -6,7 +6,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from edgespeech.errors import InputError
-from edgespeech.training.state import PyTree, TrainState
+from edgespeech.training.state import TrainState
 
 
 class StageCheckpoints:
@@ -53,14 +53,14 @@ class StageCheckpoints:
             return None
         position = self._manager.restore(
             step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
-        ).position
+        )["position"]
         _require_same(self._settings, position["settings"], self.path)
         leaves, structure = jax.tree.flatten(like)
         abstract = [ocp.utils.to_shape_dtype_struct(leaf) for leaf in leaves]
         try:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            ).state
+            )["state"]
         except (ValueError, KeyError) as error:
             raise InputError(
                 f"the checkpoint {self.path}/{step} does not fit this model: {error}; "
@@ -80,7 +80,7 @@ class StageCheckpoints:
         self.close()
 
 
-def _require_same(now: PyTree, then: PyTree, path: Path) -> None:
+def _require_same(now: dict, then: dict, path: Path) -> None:
     differing = [
         f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(now.keys() | then.keys())

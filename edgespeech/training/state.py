@@ -87,10 +87,14 @@ def make_optimizer(
         max(2, steps),
         config.learning_rate * config.final_rate,
     )
+
+    def decay(updates: Any, vector: Any) -> Any:
+        return updates + config.weight_decay * decayed * vector
+
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.scale_by_adam(b1=0.9, b2=0.98),
-        optax.stateless(lambda updates, p: updates + config.weight_decay * decayed * p),
+        optax.stateless(decay),
         optax.scale_by_learning_rate(schedule),
     )
 
@@ -141,7 +145,7 @@ def make_step(
         norm = optax.global_norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-        params = state.params + updates * mask
+        params = state.params + jnp.asarray(updates) * mask
         decay = jnp.minimum(average_decay, (1.0 + state.step) / (10.0 + state.step))
         average = decay * state.average + (1.0 - decay) * params
 
