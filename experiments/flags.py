@@ -22,7 +22,7 @@ Config = TypeVar("Config")
 
 def attribute_docs(cls: type) -> dict[str, str]:
     """The entries of a class docstring's `Attributes:` section, each on one line."""
-    text = (cls.__doc__ or "").partition("Attributes:\n")[2]
+    text = (cls.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", text, re.MULTILINE)
     return {name: " ".join(body.split()) for name, body in entries}
 

@@ -137,7 +137,11 @@ def experiment() -> None:
         batch_multiple=jax.local_device_count(),
     )
     controls = chosen_controls()
-    intermediate = int_list("intermediate_ctc", 1, model_config.num_layers)
+    if FLAGS.teacher:
+        teacher_model, tokenizer, _ = load_pretrained(Path(FLAGS.teacher))
+        model_config = teacher_model.config
+    else:
+        intermediate = int_list("intermediate_ctc", 1, model_config.num_layers)
     replaced = int_list("replaced", 1, model_config.num_layers)
     if not replaced:
         raise InputError("--replaced is empty: give at least one number of layers")
@@ -147,10 +151,7 @@ def experiment() -> None:
     # ---------------------------------------------------------------- data
     with workdir.stage("data"):
         train_set, dev_set, test_set = open_data()
-        if FLAGS.teacher:
-            teacher_model, tokenizer, _ = load_pretrained(Path(FLAGS.teacher))
-            model_config = teacher_model.config
-        else:
+        if not FLAGS.teacher:
             tokenizer = make_tokenizer(train_set)
             model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
         source = BatchSource(train_set, tokenizer, batch_config, model_config.num_frames)
@@ -163,6 +164,7 @@ def experiment() -> None:
         dev_source = BatchSource(dev_set, tokenizer, whole, model_config.num_frames)
         test_source = BatchSource(test_set, None, whole)
         say(asr.describe(train_set, dev_set, test_set, source))
+    workdir.begin()
     kind = train_set.kind
 
     # ---------------------------------------------------------------- teacher
@@ -203,12 +205,16 @@ def experiment() -> None:
             path.advance(count)
             result = asr.evaluate(workdir.path, f"lpa_{count}", decoder, path.state(), test_source)
             hybrid = path.hybrid()
-            save_pretrained(
-                workdir.path / f"hybrid_{count}",
-                hybrid,
-                tokenizer,
-                {"data": kind, "replaced": [i + 1 for i in order[:count]], "test_wer": result.wer},
-            )
+            hybrid_folder = workdir.path / f"hybrid_{count}"
+            # A resumed run has the weights of its newest step, which are not those of an earlier count.
+            if not (hybrid_folder / "model.json").exists():
+                layers = [i + 1 for i in order[:count]]
+                save_pretrained(
+                    hybrid_folder,
+                    hybrid,
+                    tokenizer,
+                    {"data": kind, "replaced": layers, "test_wer": result.wer},
+                )
             rows.append(
                 asr.table_row(result, count, order, hybrid)
                 | {"delta_vs_teacher": asr.difference(teacher_result, result)}
@@ -243,7 +249,9 @@ def experiment() -> None:
             "train": asr.split_facts(train_set),
             "dev": asr.split_facts(dev_set),
             "test": asr.split_facts(test_set),
-            "skipped": asr.skipped_counts([train_set, dev_set, test_set], [source]),
+            "skipped": asr.skipped_counts(
+                [train_set, dev_set, test_set], [source, dev_source, test_source]
+            ),
             "padding_waste": source.padding_waste,
         },
         "teacher": asr.rates(teacher_result)

@@ -43,7 +43,14 @@ def main(experiment: Callable[[], None]) -> None:
             print("\ninterrupted: add --resume to go on from the last step", file=sys.stderr)
             sys.exit(130)
 
-    app.run(run)
+    def parse(arguments: list[str]) -> list[str]:
+        try:
+            return FLAGS(arguments)
+        except flags.Error as error:
+            print(f"error: {error}; --help lists the flags", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(run, flags_parser=parse)
 
 
 def command_line() -> str:

@@ -36,7 +36,7 @@ class Workdir:
 
     Args:
         path: made when missing.
-        settings: the flags that shape the run; written to `config.json`, and compared on `resume`.
+        settings: the flags that shape the run; `begin` writes them to `config.json`, and `resume` compares.
         resume: go on with what is there.
 
     Raises:
@@ -45,6 +45,7 @@ class Workdir:
 
     def __init__(self, path: str, settings: dict, resume: bool):
         self.path = Path(path)
+        self._settings = settings
         config = self.path / "config.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -70,8 +71,10 @@ class Workdir:
                 raise InputError(
                     f"--workdir={path} was started with other flags ({what}): name another folder"
                 )
-        else:
-            self.write_json("config.json", settings)
+
+    def begin(self) -> None:
+        """From here on the folder belongs to these flags: call it when the data has proved usable."""
+        self.write_json("config.json", self._settings)
 
     def write_json(self, name: str, value) -> None:
         """Writes a file whole or not at all."""

@@ -11,6 +11,7 @@ A layer that has passed its window stays hard and goes on learning with those th
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -91,14 +92,20 @@ def windows(order: tuple[int, ...], num_layers: int, step: Array, config: Distil
     """
     never = len(order) + 1
     rank = jnp.asarray([order.index(i) if i in order else never for i in range(num_layers)])
-    since = (step - rank * config.steps_per_layer) / config.steps_per_layer
+    elapsed = step - rank * config.steps_per_layer
     # Layers outside the order never become active, however long a run goes on.
-    active = (since >= 0) & (rank < never)
+    active = (elapsed >= 0) & (rank < never)
     return Windows(
         active,
-        active & (since >= CO_ADAPT_FROM) & config.co_adapt,
-        active & (since >= HARD_FROM),
+        active & (elapsed >= _first_step(CO_ADAPT_FROM, config)) & config.co_adapt,
+        active & (elapsed >= _first_step(HARD_FROM, config)),
     )
+
+
+def _first_step(part: float, config: DistilConfig) -> int:
+    """The first step of a window at or after a part of it."""
+    # Whole steps: compiled, a quotient may round to just below the part and shift a phase by a step.
+    return math.ceil(part * config.steps_per_layer - 1e-9)
 
 
 def apply_windows(model: nnx.Module, state: Windows) -> None:

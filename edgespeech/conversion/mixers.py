@@ -34,12 +34,14 @@ def control_factory(name: str, window: int) -> MixerFactory:
 
     Args:
         name: one of `CONTROLS`.
-        window: frames that a query of the sliding-window control sees, itself in the middle.
+        window: frames to each side of a query that the sliding-window control sees.
     """
     if name in LPA_CONTROLS:
         return lpa_factory(LPA_CONTROLS[name]())
     if name == "sliding_window":
-        return lambda attention, rngs: SlidingWindowAttention.from_attention(attention, window)
+        return lambda attention, rngs: SlidingWindowAttention.from_attention(
+            attention, window, rngs=rngs
+        )
     if name == "removed":
         return lambda attention, rngs: Removed()
     raise ValueError(f"control {name!r} is not known: choose from {', '.join(CONTROLS)}")

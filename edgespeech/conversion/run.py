@@ -203,7 +203,9 @@ class Progressive:
         )
         last = jnp.asarray(self._count * self._config.steps_per_layer - 1)
         num_layers = len(mixer_layers(student))
-        apply_windows(student, windows(self._order, num_layers, last, self._config))
+        state = windows(self._order, num_layers, last, self._config)
+        # A window of one or two steps ends before its hard phase begins.
+        apply_windows(student, state._replace(hard=state.active))
         return student
 
     def state(self) -> nnx.State:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from edgespeech.conversion.layers import mixer_layers
+from edgespeech.data.corpus import write_atomically
 from edgespeech.data.tokenizer import Tokenizer, load_tokenizer
 from edgespeech.errors import InputError
 from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
@@ -35,6 +36,8 @@ def save_pretrained(
         about: what a reader may want to know (data, WER, date), plain JSON.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model.json"
+    path.unlink(missing_ok=True)
     tokenizer.save(folder)
     weights = {name: np.asarray(value[...]) for name, value in _named_params(model).items()}
     save_file(weights, folder / "weights.safetensors")
@@ -45,7 +48,8 @@ def save_pretrained(
         "mixers": [_describe(layer.mixer) for layer in mixer_layers(model).values()],
         "about": about,
     }
-    (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+    text = json.dumps(description, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def load_pretrained(folder: Path) -> tuple[Wav2Vec2, Tokenizer, dict[str, Any]]:
@@ -71,8 +75,10 @@ def load_pretrained(folder: Path) -> tuple[Wav2Vec2, Tokenizer, dict[str, Any]]:
             layer.mixer = _build(layer.mixer, mixer)
         weights = load_file(folder / "weights.safetensors")
     except FileNotFoundError as error:
+        names = ("model.json", "weights.safetensors")
+        missing = next((name for name in names if not (folder / name).exists()), names[0])
         raise InputError(
-            f"{error.filename} is missing: name a folder that holds a saved model (model.json, weights.safetensors, "
+            f"{folder / missing} is missing: name a folder that holds a saved model (model.json, weights.safetensors, "
             "tokenizer.json), such as WORKDIR/teacher"
         ) from error
     except InputError:
@@ -131,7 +137,9 @@ def _build(attention: SelfAttention, description: dict[str, Any]) -> nnx.Module:
         lpa = LPA.from_attention(attention, LPAConfig(**description["config"]), rngs=nnx.Rngs(0))
         return harden(lpa)
     if kind == "sliding_window":
-        return SlidingWindowAttention.from_attention(attention, description["window"])
+        return SlidingWindowAttention.from_attention(
+            attention, description["window"], rngs=nnx.Rngs(0)
+        )
     if kind == "removed":
         return Removed()
     raise InputError(f"model.json names a mixer of kind {kind!r}, which this version does not know")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from edgespeech.errors import InputError
 from edgespeech.nn.front_end import LogMelFrontEnd, WaveformFrontEnd
 from edgespeech.nn.transformer import ConvPositions, EncoderLayer, run_layers
 from edgespeech.ops.dropout import dropout
@@ -35,6 +36,9 @@ class Wav2Vec2Config:
         position_groups: its groups; must divide the width.
         dropout: rate, in training.
         spec_augment: masks, in training. The waveform front end uses the time masks alone, on frames of 20 ms.
+
+    Raises:
+        InputError: a value is out of range.
     """
 
     vocab_size: int = 32
@@ -61,18 +65,25 @@ class Wav2Vec2Config:
             "num_heads",
             "ffn_width",
             "front_channels",
+            "num_mels",
+            "conv_strides",
+            "position_kernel",
+            "position_groups",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+                raise InputError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.conv_blocks < 0:
+            raise InputError(f"model.conv_blocks is {self.conv_blocks}: it must be at least 0")
         for name in ("num_heads", "position_groups"):
             if self.width % getattr(self, name):
-                raise ValueError(
-                    f"model.{name} is {getattr(self, name)}, which does not divide model.width {self.width}"
+                raise InputError(
+                    f"model.{name} is {getattr(self, name)}, which does not divide model.width {self.width}: "
+                    "change either one"
                 )
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"model.dropout is {self.dropout}: it must be in [0, 1)")
+            raise InputError(f"model.dropout is {self.dropout}: it must be in [0, 1)")
         if self.front_end not in ("waveform", "logmel"):
-            raise ValueError(f"model.front_end is {self.front_end!r}: choose waveform or logmel")
+            raise InputError(f"model.front_end is {self.front_end!r}: choose waveform or logmel")
 
     @classmethod
     def base(cls) -> "Wav2Vec2Config":

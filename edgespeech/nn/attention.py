@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from edgespeech.errors import InputError
 from edgespeech.ops.attention import attention_reference
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
 from edgespeech.types import Frames, Lengths
@@ -15,6 +16,9 @@ class SelfAttention(nnx.Module):
     Attributes:
         q_proj, k_proj, v_proj, out_proj: linear layers `d -> d` with bias.
         num_heads: heads h; the width of one is `c = d / h`.
+
+    Raises:
+        InputError: num_heads does not divide the width.
     """
 
     def __init__(
@@ -27,7 +31,10 @@ class SelfAttention(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
     ):
         if d % num_heads:
-            raise ValueError(f"width {d} is not a multiple of num_heads {num_heads}")
+            raise InputError(
+                f"SelfAttention width {d} is not a multiple of num_heads {num_heads}; "
+                "change either one"
+            )
 
         def linear():
             return nnx.Linear(d, d, rngs=rngs, dtype=dtype, param_dtype=param_dtype)

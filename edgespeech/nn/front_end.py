@@ -56,19 +56,25 @@ class WaveformFrontEnd(nnx.Module):
     ) -> tuple[Frames, Lengths]:
         """`[b t], [b] -> [b n channels], [b]`. `key` is not used: this front end does not augment."""
         del key
-        x = normalize_features(audio[..., None], lengths)
+        mask = mask_from_lengths(lengths, audio.shape[1])
+        x = zero_padding(audio[..., None], mask)
+        # Upstream's epsilon for the waveform: with the 1e-5 of the norms, audio below -50 dBFS comes out otherwise.
+        x = zero_padding(_standardize(x, mask[..., None], 1e-7), mask)
         for i, (kernel, stride) in enumerate(zip(self.kernels, WAV2VEC2_STRIDES, strict=True)):
             x = conv1d(x, kernel[...], stride)
             lengths = conv_length(lengths, kernel.shape[0], stride)
             if i == 0:
-                x = self._group_norm(x, mask_from_lengths(lengths, x.shape[1])[..., None])
+                mask = mask_from_lengths(lengths, x.shape[1])[..., None]
+                x = _standardize(x, mask, 1e-5) * self.norm_scale[...] + self.norm_bias[...]
             x = jax.nn.gelu(x, approximate=False)
         return x, lengths
 
-    def _group_norm(self, x: Frames, mask: Array) -> Frames:
-        centred = x - masked_mean(x, mask, axis=1)
-        variance = masked_mean(jnp.square(centred), mask, axis=1)
-        return centred * jax.lax.rsqrt(variance + 1e-5) * self.norm_scale[...] + self.norm_bias[...]
+
+def _standardize(x: Frames, mask: Array, eps: float) -> Frames:
+    """Zero mean and unit variance of every channel over the valid frames; what lies beyond is not cleared."""
+    centred = x - masked_mean(x, mask, axis=1)
+    variance = masked_mean(jnp.square(centred), mask, axis=1)
+    return centred * jax.lax.rsqrt(variance + eps)
 
 
 class ConvBlock(nnx.Module):

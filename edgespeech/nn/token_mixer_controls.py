@@ -23,9 +23,6 @@ class Removed(nnx.Module):
     Removing attention from a trained speech transformer's layers: arXiv 2409.16302.
     """
 
-    def __init__(self):
-        """No parameters."""
-
     def __call__(self, x: Frames, lengths: Lengths) -> Frames:
         """`[b n d], [b] -> [b n d]`, zeros."""
         return jnp.zeros_like(x)

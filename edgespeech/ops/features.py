@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from edgespeech.errors import InputError
 from edgespeech.ops.conv import conv_length
 from edgespeech.ops.mask import mask_from_lengths, masked_mean, zero_padding
 from edgespeech.types import SAMPLE_RATE, Array, Audio, Float, Frames, Lengths, Mask
@@ -73,6 +74,9 @@ class SpecAugmentConfig:
         time_mask_rate: time masks per frame of 10 ms (0.01: one a second).
         time_width: largest width of a time mask, frames of 10 ms.
         max_time_masks: upper limit of the masks of one utterance.
+
+    Raises:
+        InputError: a value is below 0.
     """
 
     frequency_masks: int = 2
@@ -85,31 +89,34 @@ class SpecAugmentConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value < 0:
-                raise ValueError(f"spec_augment.{field.name} is {value}: it must be at least 0")
+                raise InputError(f"spec_augment.{field.name} is {value}: it must be at least 0")
 
 
 def _random_spans(
-    key: Array, batch: int, count: int, max_width: int, limit: Array
+    key: Array, batch: int, count: int, max_width: int, widest: Array, room: Array
 ) -> tuple[Array, Array]:
-    """Starts and ends `[b count]` of uniform spans of width 0..max_width inside `[0, limit)`."""
+    """Starts and ends `[b count]` of spans inside `[0, room)`.
+
+    Widths are uniform in 0..max_width and then cut at `widest`; starts are uniform where the span fits.
+    """
     width_key, start_key = jax.random.split(key)
     width = jax.random.uniform(width_key, (batch, count)) * (max_width + 1)
-    width = jnp.minimum(jnp.floor(width), limit)
-    start = jnp.floor(jax.random.uniform(start_key, (batch, count)) * (limit - width + 1))
+    width = jnp.minimum(jnp.floor(width), widest)
+    start = jnp.floor(jax.random.uniform(start_key, (batch, count)) * (room - width + 1))
     return start, start + width
 
 
 def time_spans(key: Array, lengths: Lengths, n: int, config: SpecAugmentConfig) -> Mask:
-    """Random spans `[b n]` (True = masked): a number that grows with the length, each at most a twentieth of it.
+    """Random spans `[b n]` (True = masked): the longer the utterance, the more of them.
 
-    The last rule keeps a short utterance's words.
+    None is wider than a twentieth of the length and one frame more, which keeps a short utterance's words.
     """
-    limit = lengths.astype(jnp.float32)[:, None]
+    room = lengths.astype(jnp.float32)[:, None]
+    widest = jnp.minimum(room, jnp.floor(room * 0.05) + 1)
     start, end = _random_spans(
-        key, lengths.shape[0], config.max_time_masks, config.time_width, limit
+        key, lengths.shape[0], config.max_time_masks, config.time_width, widest, room
     )
-    end = jnp.minimum(end, start + jnp.floor(limit * 0.05) + 1)
-    wanted = jnp.round(limit * config.time_mask_rate)
+    wanted = jnp.round(room * config.time_mask_rate)
     end = jnp.where(jnp.arange(config.max_time_masks)[None, :] < wanted, end, start)
     frames = jnp.arange(n)
     return jnp.any((frames >= start[..., None]) & (frames < end[..., None]), axis=1)
@@ -119,8 +126,9 @@ def spec_augment(x: Frames, lengths: Lengths, config: SpecAugmentConfig, key: Ar
     """Sets random bands and spans of normalised features `[b f m]` to 0, their mean."""
     b, f, m = x.shape
     band_key, span_key = jax.random.split(key)
+    bins_in_all = jnp.float32(m)
     low, high = _random_spans(
-        band_key, b, config.frequency_masks, config.frequency_width, jnp.float32(m)
+        band_key, b, config.frequency_masks, config.frequency_width, bins_in_all, bins_in_all
     )
     bins = jnp.arange(m)
     band = jnp.any((bins >= low[..., None]) & (bins < high[..., None]), axis=1)

@@ -25,7 +25,12 @@ class StageCheckpoints:
         self.path = (workdir / "checkpoints" / stage).resolve()
         self._settings = settings
         self._manager = ocp.CheckpointManager(
-            self.path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+            self.path,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "position": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def save(self, state: TrainState) -> None:
@@ -56,6 +61,14 @@ class StageCheckpoints:
         )["position"]
         _require_same(self._settings, position["settings"], self.path)
         leaves, structure = jax.tree.flatten(like)
+        # Compared first: Orbax would find out array by array, each with a page of its own on the terminal.
+        found = [leaf.shape for leaf in jax.tree.leaves(self._manager.item_metadata(step).state)]
+        if found != [leaf.shape for leaf in leaves]:
+            raise InputError(
+                f"the checkpoint {self.path}/{step} does not fit this model: it holds arrays of shapes "
+                f"{found} and the model has {[leaf.shape for leaf in leaves]}; "
+                "use the model settings it was made with, or another --workdir"
+            )
         abstract = [ocp.utils.to_shape_dtype_struct(leaf) for leaf in leaves]
         try:
             restored = self._manager.restore(

@@ -1,6 +1,5 @@
 """Contracts that every module over padded sequences keeps."""
 
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -21,13 +20,13 @@ def padding_contract(call, x, lengths, *, rows=None, out_length=lambda n: n, ato
     Returns:
         The output on `x`.
     """
-    x, sizes = jnp.asarray(x), [int(length) for length in lengths]
-    lengths = jnp.asarray(lengths)
+    x, lengths = np.asarray(x), np.asarray(lengths)
+    sizes = [int(length) for length in lengths]
     assert len(set(sizes)) > 1, "equal lengths have nothing to say about padding"
     out = np.asarray(call(x, lengths))
     is_valid = np.arange(x.shape[1]) < np.asarray(sizes)[:, None]
     is_valid = is_valid.reshape(is_valid.shape + (1,) * (x.ndim - 2))
-    nan = np.asarray(call(jnp.where(is_valid, x, jnp.nan), lengths))
+    nan = np.asarray(call(np.where(is_valid, x, np.float32(np.nan)), lengths))
     # Some amplitude of its own for each position, or a norm would take it out again.
     noise = 100.0 * np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
     for row in range(len(sizes)) if rows is None else rows:
@@ -38,7 +37,8 @@ def padding_contract(call, x, lengths, *, rows=None, out_length=lambda n: n, ato
         assert alone[0, valid].shape == want.shape
         np.testing.assert_allclose(alone[0, valid], want, atol=atol, err_msg=f"row {row} alone")
         np.testing.assert_array_equal(nan[row, valid], want, err_msg=f"row {row}, NaN in padding")
-        others = jnp.asarray(noise).at[row].set(x[row])
+        others = noise.copy()
+        others[row] = x[row]
         garbage = np.asarray(call(others, lengths))[row, valid]
         np.testing.assert_array_equal(garbage, want, err_msg=f"row {row}, garbage in others")
     return out

@@ -22,8 +22,8 @@ def assert_gradient(fast, slow, arrays, seed=5, tol=2e-5):
     rng = np.random.default_rng(seed)
     weight = rng.normal(size=slow(*arrays).shape)
     direction = [rng.normal(size=a.shape) for a in arrays]
-    loss = jax.jit(jax.grad(lambda a: jnp.sum(jnp.float32(weight) * fast(*a))))
-    grads = loss([jnp.float32(a) for a in arrays])
+    loss = jax.jit(jax.grad(lambda a: jnp.sum(np.float32(weight) * fast(*a))))
+    grads = loss([np.float32(a) for a in arrays])
     got = sum(np.sum(np.float64(g) * d) for g, d in zip(grads, direction, strict=True))
     want = numeric_derivative(lambda *a: np.sum(weight * slow(*a)), arrays, direction)
     scale = sum(np.linalg.norm(g) for g in grads)

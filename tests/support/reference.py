@@ -12,8 +12,15 @@ from flax import nnx
 
 def parameters(module) -> dict[str, np.ndarray]:
     """The trainable parameters in float64, by dotted path."""
-    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {".".join(map(str, path)): np.float64(leaf[...]) for path, leaf in state}
+    return parameters_of_state(nnx.state(module, nnx.Param))
+
+
+def parameters_of_state(state) -> dict[str, np.ndarray]:
+    """Parameters, or gradients of the same structure, in float64, by dotted path."""
+    return {
+        ".".join(map(str, path)): np.asarray(leaf[...], np.float64)
+        for path, leaf in nnx.to_flat_state(state)
+    }
 
 
 def part(w, prefix):
@@ -54,10 +61,11 @@ def conv(x, kernel, stride=1, groups=1):
     assert width * groups == d
     y = np.zeros((max(0, (n - k) // stride + 1), outputs))
     for i in range(len(y)):
-        for e in range(outputs):
-            first = e // (outputs // groups) * width
+        for g in range(groups):
+            ins = slice(g * width, (g + 1) * width)
+            outs = slice(g * (outputs // groups), (g + 1) * (outputs // groups))
             for j in range(k):
-                y[i, e] += x[i * stride + j, first : first + width] @ kernel[j, :, e]
+                y[i, outs] += x[i * stride + j, ins] @ kernel[j, :, outs]
     return y
 
 
@@ -119,7 +127,7 @@ def conv_positions(w, x, groups):
 
 def waveform_front_end(w, audio, strides):
     """`[t] -> [n channels]`."""
-    x = normalize_over_time(audio[:, None])
+    x = normalize_over_time(audio[:, None], 1e-7)
     for i, stride in enumerate(strides):
         x = conv(x, w[f"kernels.{i}"], stride)
         if i == 0:

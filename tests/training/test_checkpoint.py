@@ -1,0 +1,113 @@
+"""Checkpoints: what is saved comes back, and what does not fit is refused by name."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from edgespeech.errors import InputError
+from edgespeech.training.checkpoint import StageCheckpoints
+from edgespeech.training.state import TrainState
+from tests.support.tiny import assert_same_bits
+
+SETTINGS = {"steps": 100, "model": {"width": 16, "rate": 0.1}, "order": [3, 1]}
+
+
+def make_state(step: int, width: int = 5) -> TrainState:
+    params = jnp.linspace(-1.0, 1.0, width) * (step + 1)
+    moments = {"mu": params**2, "count": jnp.asarray(step, jnp.int32), "odd": jnp.asarray([True])}
+    return TrainState(jnp.asarray(step, jnp.int32), params, -params, (moments, ()))
+
+
+def save(workdir, *steps, settings=SETTINGS, keep=2):
+    with StageCheckpoints(workdir, "stage", settings, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(make_state(step))
+
+
+def restore(workdir, like, settings=SETTINGS, stage="stage"):
+    with StageCheckpoints(workdir, stage, settings) as checkpoints:
+        return checkpoints.restore(like)
+
+
+def test_nothing_there(tmp_path):
+    assert restore(tmp_path, make_state(0)) is None
+
+
+def test_round_trip_of_the_latest(tmp_path):
+    save(tmp_path, 3, 10, 200)
+    restored = restore(tmp_path, make_state(0))
+    assert isinstance(restored, TrainState)
+    assert_same_bits(restored, make_state(200))
+    names = {path.name for path in (tmp_path / "checkpoints" / "stage").iterdir()}
+    assert names == {"10", "200"}  # keep=2: the oldest is gone
+    # 200 is the latest by number, though "3" and "10" do not sort so as text.
+    assert int(restored.step) == 200
+
+
+def test_not_finite_values_come_back(tmp_path):
+    state = make_state(7)._replace(params=jnp.asarray([np.nan, np.inf, -0.0, 1e-45, 3.0]))
+    with StageCheckpoints(tmp_path, "stage", SETTINGS) as checkpoints:
+        checkpoints.save(state)
+    assert_same_bits(restore(tmp_path, make_state(0)), state)
+
+
+def test_saving_the_same_step_twice_is_one_save(tmp_path):
+    save(tmp_path, 4)
+    save(tmp_path, 4)
+    assert_same_bits(restore(tmp_path, make_state(0)), make_state(4))
+
+
+def test_stages_do_not_mix(tmp_path):
+    save(tmp_path, 4)
+    assert restore(tmp_path, make_state(0), stage="other") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 90}, "steps was 100 and is 90"),
+        ({"model": {"width": 32, "rate": 0.1}}, "'width': 16, .* and is .*'width': 32"),
+        ({"order": [1, 3]}, r"order was \[3, 1\] and is \[1, 3\]"),
+        ({"kl": 1.0}, "kl was None and is 1.0"),
+    ],
+)
+def test_other_settings_are_refused_by_name(tmp_path, change, message):
+    save(tmp_path, 4)
+    with pytest.raises(InputError, match=message) as error:
+        restore(tmp_path, make_state(0), SETTINGS | change)
+    assert "another --workdir" in str(error.value)
+    # The refusal costs nothing: the checkpoint is still there.
+    assert_same_bits(restore(tmp_path, make_state(0)), make_state(4))
+
+
+def test_a_setting_that_is_gone_is_named(tmp_path):
+    save(tmp_path, 4)
+    fewer = {name: value for name, value in SETTINGS.items() if name != "steps"}
+    with pytest.raises(InputError, match="steps was 100 and is None"):
+        restore(tmp_path, make_state(0), fewer)
+
+
+@pytest.mark.parametrize("width", [4, 6])
+def test_another_model_is_refused(tmp_path, capfd, width):
+    save(tmp_path, 4)
+    message = rf"does not fit this model: .*\(5,\).* has .*\({width},\)"
+    with pytest.raises(InputError, match=message) as error:
+        restore(tmp_path, make_state(0, width))
+    assert str(tmp_path) in str(error.value)
+    assert capfd.readouterr().err == ""  # the message alone
+
+
+def test_another_number_of_arrays_is_refused(tmp_path):
+    save(tmp_path, 4)
+    like = make_state(0)._replace(optimizer=())
+    with pytest.raises(InputError, match="does not fit this model"):
+        restore(tmp_path, like)
+
+
+def test_a_half_written_checkpoint_is_not_the_latest(tmp_path):
+    save(tmp_path, 4)
+    # What a kill in the middle of a save leaves: a folder under a temporary name.
+    folder = tmp_path / "checkpoints" / "stage"
+    (folder / "9.orbax-checkpoint-tmp").mkdir()
+    (folder / "9.orbax-checkpoint-tmp" / "state").mkdir()
+    assert_same_bits(restore(tmp_path, make_state(0)), make_state(4))

@@ -1,0 +1,123 @@
+"""The loop: an interrupted or killed run goes on bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from edgespeech.training.metrics import read_metrics
+from tests.support.tiny import ROOT, ToneCorpus, assert_same_bits
+from tests.support.train_tiny import run
+
+STEPS = 9
+
+
+def rows(workdir):
+    return read_metrics(workdir / "metrics" / "teacher.jsonl")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The state after all steps, and its metrics."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    return run(workdir, STEPS), rows(workdir)
+
+
+def test_loss_falls_and_every_step_is_logged(unbroken):
+    state, metrics = unbroken
+    assert [row["step"] for row in metrics] == list(range(STEPS))
+    assert int(state.step) == STEPS
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert all(row["skipped"] == 0 for row in metrics)
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_interrupt_in_prepare_then_resume(unbroken, tmp_path, step):
+    calls = iter(range(STEPS))
+
+    def interrupt(batch):
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        return batch
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, STEPS, prepare=interrupt)
+    # The last full step was saved, though it is not a multiple of save_every.
+    assert [row["step"] for row in rows(tmp_path)] == list(range(step))
+    assert (tmp_path / "checkpoints" / "teacher" / str(step)).is_dir()
+    resumed_from = []
+    state = run(tmp_path, STEPS, prepare=lambda batch: resumed_from.append(1) or batch)
+    assert len(resumed_from) == STEPS - step
+    assert_same_bits(state, unbroken[0])
+    assert rows(tmp_path) == unbroken[1]
+
+
+def test_error_of_the_data_then_resume(unbroken, tmp_path, monkeypatch):
+    served = []
+
+    def failing(self, index, audio=ToneCorpus.audio):
+        served.append(index)
+        if len(served) == 20:
+            raise OSError("the disk is gone")
+        return audio(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ToneCorpus, "audio", failing)
+        with pytest.raises(OSError, match="the disk is gone"):
+            run(tmp_path, STEPS)
+    assert 0 < len(rows(tmp_path)) < STEPS
+    assert_same_bits(run(tmp_path, STEPS), unbroken[0])
+    assert rows(tmp_path) == unbroken[1]
+
+
+def test_runs_in_parts_and_a_finished_run_stays(unbroken, tmp_path):
+    run(tmp_path, 2, total=STEPS)
+    run(tmp_path, 5, total=STEPS)
+    state = run(tmp_path, STEPS)
+    assert_same_bits(state, unbroken[0])
+    again = run(tmp_path, STEPS, prepare=lambda batch: pytest.fail("nothing is left to do"))
+    assert_same_bits(again, unbroken[0])
+    # Asked for less than there is: the newest state, nothing undone.
+    assert_same_bits(run(tmp_path, 2, total=STEPS), unbroken[0])
+    assert rows(tmp_path) == unbroken[1]
+
+
+def test_killed_in_mid_run_then_resume(unbroken, tmp_path):
+    command = [sys.executable, "-m", "tests.support.train_tiny", str(tmp_path)]
+    command += ["--steps", str(STEPS)]
+    # Any step will do: the result may not depend on it.
+    step = random.randrange(1, STEPS - 2)
+    path = tmp_path / "metrics" / "teacher.jsonl"
+    process = subprocess.Popen([*command, "--slow"], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 300
+        while not (path.exists() and path.read_text().count("\n") > step):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "state.npz").exists()
+    assert len(rows(tmp_path)) < STEPS, f"killed too late, at {len(rows(tmp_path))}"
+
+    subprocess.run(command, check=True, cwd=ROOT)
+    with np.load(tmp_path / "state.npz") as saved:
+        leaves = [saved[f"leaf{i}"] for i in range(len(saved))]
+    assert_same_bits(leaves, jax.tree.leaves(unbroken[0]))
+    assert rows(tmp_path) == unbroken[1], f"killed after step {step}"
+
+
+def test_the_position_in_the_data_is_saved(tmp_path):
+    run(tmp_path, 2, total=STEPS)
+    position = json.loads(
+        next((tmp_path / "checkpoints" / "teacher" / "2").rglob("metadata")).read_text()
+    )
+    assert position["next_index"] == 2
