@@ -9,7 +9,7 @@ from edgespeech.errors import InputError
 
 def test_the_vocabulary_is_what_sentences_hold():
     words = vocabulary()
-    assert 300 <= len(words) <= 400
+    assert 250 <= len(words) <= 350
     assert set(words) == {word for text in sentences(2400, (0, 0)) for word in text.split()}
 
 
