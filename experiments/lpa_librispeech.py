@@ -55,6 +55,9 @@ PRESETS = {
     "wav2vec2_base": Wav2Vec2Config.base,
 }
 
+BATCH = BatchConfig(batch_seconds=30, num_buckets=2, speed_factors=(0.9, 1.0, 1.1))
+OPTIMIZER = OptimizerConfig(learning_rate=2e-3, average_decay=0.995)
+
 # --- data
 flags.DEFINE_enum(
     "data",
@@ -75,13 +78,13 @@ flags.DEFINE_string(
     "dev_split", "dev", "Split on which the sweep measures its errors; several joined by +."
 )
 flags.DEFINE_string("test_split", "test", "Split that the WER is reported on; several joined by +.")
-flags.DEFINE_enum("tokenizer", "char", ["char", "bpe"], "Units of the CTC head.")
+flags.DEFINE_enum("tokenizer", "bpe", ["char", "bpe"], "Units of the CTC head.")
 flags.DEFINE_integer(
     "bpe_size", 256, "Units of --tokenizer=bpe, learned from the training text.", lower_bound=32
 )
 define_config(
     "batch",
-    BatchConfig(batch_seconds=60, num_buckets=2, speed_factors=(0.9, 1.0, 1.1)),
+    BATCH,
     skip=("shuffle", "seed", "batch_multiple"),
 )
 define_config("synthetic", SyntheticConfig(), skip=("seed",))
@@ -96,19 +99,19 @@ flags.DEFINE_string(
     None,
     "Folder of a saved teacher (such as WORKDIR/teacher of another run): nothing is trained.",
 )
-flags.DEFINE_integer("teacher_steps", 1500, "Updates of the teacher.", lower_bound=1)
+flags.DEFINE_integer("teacher_steps", 3800, "Updates of the teacher.", lower_bound=1)
 flags.DEFINE_list(
     "intermediate_ctc",
     ["4", "8"],
     "Layers, from 1, whose output also gets a CTC loss in the teacher's training.",
 )
-define_config("optimizer", OptimizerConfig(learning_rate=2e-3))
+define_config("optimizer", OPTIMIZER)
 
 # --- conversion
 define_config("lpa", LPAConfig())
 define_config("distil", DistilConfig())
 flags.DEFINE_integer(
-    "sweep_steps", 100, "Updates of every layer's replacement in the sweep.", lower_bound=1
+    "sweep_steps", 150, "Updates of every layer's replacement in the sweep.", lower_bound=1
 )
 flags.DEFINE_list("replaced", ["2", "4", "6", "8"], "Numbers of replaced layers to report.")
 flags.DEFINE_list(
@@ -126,13 +129,11 @@ def experiment() -> None:
     """The whole job, from data to report."""
     # ---------------------------------------------------------------- settings, checked before anything is computed
     model_config = read_config("model", PRESETS[FLAGS.preset]())
-    optimizer_config = read_config("optimizer", OptimizerConfig(learning_rate=2e-3))
+    optimizer_config = read_config("optimizer", OPTIMIZER)
     lpa_config = read_config("lpa", LPAConfig())
     distil_config = read_config("distil", DistilConfig())
     batch_config = dataclasses.replace(
-        read_config(
-            "batch", BatchConfig(batch_seconds=60, num_buckets=2, speed_factors=(0.9, 1.0, 1.1))
-        ),
+        read_config("batch", BATCH),
         seed=FLAGS.seed,
         batch_multiple=jax.local_device_count(),
     )

@@ -45,7 +45,7 @@ class DistilConfig:
         co_adapt: train the feed-forward and norms of replaced layers as well (phase b).
     """
 
-    steps_per_layer: int = 30
+    steps_per_layer: int = 36
     learning_rate: float = 1e-3
     ctc: float = 1.0
     kl: float = 1.0

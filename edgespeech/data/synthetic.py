@@ -55,7 +55,7 @@ class SyntheticConfig:
         seed: of sentences, voices and their variation.
     """
 
-    num_train: int = 9600
+    num_train: int = 14400
     num_dev: int = 100
     num_test: int = 200
     seed: int = 0
