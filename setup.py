@@ -46,7 +46,7 @@ EXTRAS = {
         "pytest-xdist>=3.8",
         "hypothesis>=6.150",
         "ruff>=0.15,<0.18",
-        "pyright>=1.1.400",
+        "pyright[nodejs]>=1.1.400",
     ],
 }
 

@@ -80,7 +80,7 @@ flags.DEFINE_string(
 flags.DEFINE_string("test_split", "test", "Split that the WER is reported on; several joined by +.")
 flags.DEFINE_enum("tokenizer", "bpe", ["char", "bpe"], "Units of the CTC head.")
 flags.DEFINE_integer(
-    "bpe_size", 256, "Units of --tokenizer=bpe, learned from the training text.", lower_bound=32
+    "bpe_size", 400, "Units of --tokenizer=bpe, learned from the training text.", lower_bound=32
 )
 define_config(
     "batch",
@@ -99,7 +99,7 @@ flags.DEFINE_string(
     None,
     "Folder of a saved teacher (such as WORKDIR/teacher of another run): nothing is trained.",
 )
-flags.DEFINE_integer("teacher_steps", 3800, "Updates of the teacher.", lower_bound=1)
+flags.DEFINE_integer("teacher_steps", 4600, "Updates of the teacher.", lower_bound=1)
 flags.DEFINE_list(
     "intermediate_ctc",
     ["4", "8"],

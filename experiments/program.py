@@ -54,7 +54,7 @@ def main(experiment: Callable[[], None]) -> None:
 
 
 def command_line() -> str:
-    """The command that runs this program again, without its folder."""
+    """The command as it was typed, to go into the report."""
     module = sys.modules["__main__"].__spec__
     name = module.name if module else os.path.basename(sys.argv[0])
     return " ".join(["python", "-m", name, *sys.argv[1:]])

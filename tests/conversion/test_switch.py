@@ -78,8 +78,6 @@ def test_any_subset_equals_the_assignment(case, subset, scan):
     found = outputs(student, batch)
     expected = outputs(assigned(model, replacements, subset), batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), found, expected)
-    if not scan and not subset:
-        assert_same_bits(found, outputs(model, batch))
 
 
 @pytest.mark.parametrize("subset", SUBSETS)
