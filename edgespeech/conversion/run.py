@@ -110,7 +110,10 @@ def run_sweep(
         variances = jnp.asarray(output_variances(heldout), jnp.float32)
         vector, unravel = ravel_pytree(params)
         # Layers are independent of each other: one norm over all of them must not couple them.
-        config = OptimizerConfig(learning_rate=learning_rate, clip=1e9, average_decay=0.0)
+        # No decay: stacked over layers, biases would count as matrices.
+        config = OptimizerConfig(
+            learning_rate=learning_rate, clip=1e9, weight_decay=0.0, average_decay=0.0
+        )
         optimizer = make_optimizer(config, num_steps, params)
         state = train(
             f"sweep_{name}",

@@ -4,6 +4,7 @@
 palette of Okabe and Ito, which colour-blind readers can tell apart. Layers are numbered from 1.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,8 @@ def pulses_over_spectrogram(
         vmin=low,
         vmax=high,
     )
-    top.set(ylabel="mel bin", title=title)
+    top.set(ylabel="mel bin")
+    top.set_title("\n".join(textwrap.wrap(title, 80)), fontsize=11)
     for word, start, end in words:
         top.axvline(start, color="white", lw=0.7, alpha=0.7)
         top.axvline(end, color="white", lw=0.7, alpha=0.7)
