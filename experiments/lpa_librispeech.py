@@ -2,14 +2,14 @@
 
 Command     python -m experiments.lpa_librispeech --workdir=runs/lpa
 Hardware    2 CPU cores; uses every local device it finds
-Time        at most 15 minutes after installation with the default, synthetic data
-Expect      WORKDIR/report.md: a teacher below 5% WER on the synthetic test set, and WER against the number of layers
-            whose attention was replaced (0, 2, 4, 6, 8 of 12), beside three controls at 8
+Time        about 15 minutes after installation with the default, synthetic data
+Expect      WORKDIR/report.md: a teacher near 6% WER on the synthetic test set, and WER against the number of layers
+            whose attention was replaced (0, 2, 4, 6, 8 of 12), beside three controls at 8; see docs/results/
 
 On a LibriSpeech tree:
 
     python -m experiments.lpa_librispeech --workdir=runs/real --data=folder --data_dir=DIR --preset=small \\
-        --train_split=train-clean-100 --dev_split=dev-other --test_split=dev-clean --tokenizer=bpe
+        --train_split=train-clean-100 --dev_split=dev-other --test_split=dev-clean --bpe_size=256
 
 After Y. P. Shkolnikov, "Learnable Pulse Accumulation", arXiv 2603.16922; docstrings say what is the paper's and what
 is our reading.

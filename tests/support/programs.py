@@ -17,7 +17,7 @@ TINY_RUN = [
     *("--lpa.kernel_size=3", "--lpa.local_kernel_size=3"),
     *("--teacher_steps=4", "--sweep_steps=3", "--distil.steps_per_layer=3", "--save_every=2"),
     *("--batch.batch_seconds=2.3", "--batch.num_buckets=1", "--batch.speed_factors=1"),
-    "--data=folder",
+    *("--data=folder", "--tokenizer=char", "--model.conv_strides=2"),
 ]
 
 
