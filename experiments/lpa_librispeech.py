@@ -99,7 +99,7 @@ flags.DEFINE_string(
     None,
     "Folder of a saved teacher (such as WORKDIR/teacher of another run): nothing is trained.",
 )
-flags.DEFINE_integer("teacher_steps", 4600, "Updates of the teacher.", lower_bound=1)
+flags.DEFINE_integer("teacher_steps", 3600, "Updates of the teacher.", lower_bound=1)
 flags.DEFINE_list(
     "intermediate_ctc",
     ["4", "8"],

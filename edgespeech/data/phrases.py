@@ -129,11 +129,20 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted(words))
 
 
-def sentences(count: int, seed: tuple[int, ...], exclude: Collection[str] = ()) -> list[str]:
-    """Distinct sentences, none of them excluded; the same arguments give the same sentences.
+def sentences(
+    count: int, seed: tuple[int, ...], exclude: Collection[str] = (), repeat: bool = False
+) -> list[str]:
+    """Sentences, none of them excluded; the same arguments give the same sentences.
 
     Templates take turns and so do the words of a slot, each time in a new order: no word is left
     rare by chance.
+
+    Args:
+        count: how many.
+        seed: of the order.
+        exclude: sentences not to make.
+        repeat: a sentence may come again. Without it all are distinct, and a template with few sentences soon has
+            none left: its words stay rare however many sentences are made.
 
     Raises:
         InputError: more sentences than the grammar gives.
@@ -159,7 +168,8 @@ def sentences(count: int, seed: tuple[int, ...], exclude: Collection[str] = ()) 
             if sentence in seen:
                 misses += 1
                 continue
-            seen.add(sentence)
+            if not repeat:
+                seen.add(sentence)
             made.append(sentence)
         if misses > 10 * (count + len(TEMPLATES)):
             raise InputError(

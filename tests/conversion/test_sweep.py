@@ -186,7 +186,7 @@ def test_side_by_side_equals_alone(teacher, tmp_path):
     for layer in range(3):
         graphdef, params, rest = stack(start[layer : layer + 1])
         _, unravel = ravel_pytree(params)
-        config = OptimizerConfig(learning_rate=3e-3, clip=1e9, average_decay=0.0)
+        config = OptimizerConfig(learning_rate=3e-3, clip=1e9, weight_decay=0.0, average_decay=0.0)
         optimizer = make_optimizer(config, STEPS, params)
         objective = sweep_objective(graphdef, rest, variances[layer : layer + 1], STEPS)
         step = jax.jit(make_step(objective, unravel, optimizer, 0.0))

@@ -35,6 +35,6 @@ def test_the_grammar_has_no_dead_slot_and_runs_out_with_a_message(monkeypatch):
     used = {name for template in TEMPLATES for name in re.findall(r"\{(\w+)\}", template)}
     assert used == set(SLOTS)
     monkeypatch.setattr("edgespeech.data.phrases.TEMPLATES", ("CALL {owner} {relative}",))
-    assert len(set(sentences(54, (0,)))) == 54
-    with pytest.raises(InputError, match="after 54 of 55"):
-        sentences(55, (0,))
+    assert len(set(sentences(42, (0,)))) == 42
+    with pytest.raises(InputError, match="after 42 of 43"):
+        sentences(43, (0,))
