@@ -206,6 +206,9 @@ class Wav2Vec2(nnx.Module):
             audio: `[b t]`, float32 in [-1, 1], 16 kHz.
             audio_lengths: `[b]`, valid samples; an utterance's output does not depend on what is beyond.
             key: a random key: training, with dropout and SpecAugment. None: inference.
+
+        Raises:
+            InputError: the batch is too short for a frame. A row of it that is too short has 0 frames.
         """
         keys = (None,) * (len(self.layers) + 2)
         if key is not None:
@@ -213,6 +216,10 @@ class Wav2Vec2(nnx.Module):
         augment_key, input_key, *layer_keys = keys
         audio = jnp.where(mask_from_lengths(audio_lengths, audio.shape[1]), audio, 0.0)
         x, lengths = self.front_end(audio, audio_lengths, augment_key)
+        if x.shape[1] == 0:
+            raise InputError(
+                f"audio of {audio.shape[1]} samples is too short for a single frame: pad the batch, lengths unchanged"
+            )
         x = self.projection(self.projection_norm(x))
         if augment_key is not None and self.config.front_end == "waveform":
             masked = time_spans(augment_key, lengths, x.shape[1], self.config.spec_augment)

@@ -22,6 +22,7 @@ LOGMEL = dataclasses.replace(
     Wav2Vec2Config.tiny(),
     num_layers=2,
     num_mels=10,
+    conv_strides=2,
     conv_blocks=1,
     position_kernel=5,
     position_groups=16,
@@ -67,7 +68,14 @@ def test_frames_of_base(seconds, frames):
     assert Wav2Vec2Config.base().num_frames(16_000 * seconds) == frames
 
 
-@pytest.mark.parametrize(("preset", "seconds"), [("base", 0.02), ("tiny", 0.04), ("small", 0.08)])
+def test_audio_too_short_for_a_frame_is_refused():
+    model = make(LOGMEL)
+    assert LOGMEL.num_frames(1359) == 0 < LOGMEL.num_frames(1360)
+    with pytest.raises(InputError, match="1359 samples"):
+        model(jnp.zeros((1, 1359)), jnp.array([1359]))
+
+
+@pytest.mark.parametrize(("preset", "seconds"), [("base", 0.02), ("tiny", 0.08), ("small", 0.08)])
 def test_duration_of_a_frame(preset, seconds):
     config = getattr(Wav2Vec2Config, preset)()
     assert config.frame_seconds == pytest.approx(seconds)
