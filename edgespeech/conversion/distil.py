@@ -20,8 +20,8 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from edgespeech.conversion.layers import mixer_layers
-from edgespeech.conversion.sweep import set_annealing
 from edgespeech.data.batching import Batch
+from edgespeech.nn.lpa import anneal
 from edgespeech.ops.ctc import ctc_log_probs
 from edgespeech.ops.mask import mask_from_lengths
 from edgespeech.training.ctc import ctc_per_token, weighted_mean
@@ -113,7 +113,7 @@ def apply_windows(model: nnx.Module, state: Windows) -> None:
     for index, layer in enumerate(mixer_layers(model).values()):
         layer.mixer.active[...] = state.active[index]
         # The sweep has been through the temperatures: a replacement arrives cold.
-        set_annealing(layer.mixer, jnp.ones(()), state.hard[index].astype(jnp.float32))
+        anneal(layer.mixer, jnp.ones(()), state.hard[index].astype(jnp.float32))
 
 
 def trainable(model: nnx.Module):

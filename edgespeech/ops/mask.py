@@ -18,16 +18,15 @@ def zero_padding(x: Frames, mask: Mask) -> Frames:
     return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
 
 
-def masked_mean(x: Array, mask: Array, axis: int | tuple[int, ...], eps: float = 0.0) -> Array:
+def masked_mean(x: Array, mask: Array, axis: int | tuple[int, ...]) -> Array:
     """Mean of the valid values in float32, `sum(mask x) / max(sum(mask), 1)`, axes kept.
 
     Args:
         x: any floating array.
         mask: boolean, broadcastable to x.
         axis: axes to reduce; they stay with size 1.
-        eps: added to the denominator.
     """
     mask = jnp.broadcast_to(mask, x.shape)
     total = jnp.sum(jnp.where(mask, x.astype(jnp.float32), 0.0), axis=axis, keepdims=True)
     count = jnp.sum(mask, axis=axis, keepdims=True, dtype=jnp.float32)
-    return total / (jnp.maximum(count, 1.0) + eps)
+    return total / jnp.maximum(count, 1.0)

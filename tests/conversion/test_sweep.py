@@ -17,14 +17,13 @@ from edgespeech.conversion.sweep import (
     layer_errors,
     make_replacements,
     output_variances,
-    set_annealing,
     stack,
     sweep_objective,
     sweep_progress,
     unstack,
 )
 from edgespeech.nn.attention import SelfAttention
-from edgespeech.nn.lpa import LPA, LPAConfig
+from edgespeech.nn.lpa import LPA, LPAConfig, anneal
 from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
 from tests.support.tiny import (
     QUIET,
@@ -145,7 +144,7 @@ def test_objective_is_the_sum_of_relative_errors(pairs):
     for step, progress, hard in ((0, 0.0, 0.0), (35, 0.5, 0.0), (70, 1.0, 1.0), (99, 1.0, 1.0)):
         relative = []
         for layer, module in enumerate(modules):
-            set_annealing(module, jnp.asarray(progress), jnp.asarray(hard))
+            anneal(module, jnp.asarray(progress), jnp.asarray(hard))
             error = valid((np.asarray(module(pairs.x[layer], LENGTHS)) - pairs.y[layer])[None])
             relative.append(np.mean(error.astype(np.float64) ** 2) / variances[layer])
         value, metrics = loss(params, pairs, None, jnp.asarray(step))

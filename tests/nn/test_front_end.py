@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from edgespeech.nn import front_end as module
 from edgespeech.nn.front_end import WAV2VEC2_STRIDES, LogMelFrontEnd, WaveformFrontEnd
 from edgespeech.ops.features import SpecAugmentConfig
 from tests.support import reference
@@ -31,7 +32,10 @@ def audio(lengths, seed=1):
     return np.float32(x), jnp.array(lengths)
 
 
-def test_waveform_front_end():
+@pytest.mark.parametrize("chunk", [1, 2, 5, 200])
+def test_waveform_front_end(monkeypatch, chunk):
+    """Five frames in chunks of one, two with an odd one left, all, and fewer than a chunk holds."""
+    monkeypatch.setattr(module, "CHUNK", chunk)
     front_end = waveform()
     x, lengths = audio((2000, 1380, 400))
     frames = WaveformFrontEnd.num_frames

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from edgespeech.ops.conv import conv1d, conv_length, depthwise_conv, depthwise_conv_reference
+from edgespeech.ops.conv import (
+    conv1d,
+    conv_length,
+    depthwise_conv,
+    depthwise_conv_reference,
+    grouped_conv1d,
+)
 from edgespeech.ops.mask import mask_from_lengths
 from tests.support import reference
 from tests.support.contracts import padding_contract
@@ -31,6 +37,21 @@ def test_conv1d(n, k, stride, groups):
     got = conv1d_jit(np.float32(x), np.float32(kernel), stride, groups)
     want = np.stack([reference.conv(row, kernel, stride, groups) for row in x])
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "k", "groups"), [(9, 3, 1), (12, 4, 2), (6, 6, 4), (7, 1, 2)])
+def test_grouped_conv1d_and_its_gradients(n, k, groups):
+    x, kernel = RNG.normal(size=(2, n, 4)), RNG.normal(size=(k, 4 // groups, 8))
+    want = np.stack([reference.conv(row, kernel, 1, groups) for row in x])
+    x, kernel = np.float32(x), np.float32(kernel)
+    got, vjp = jax.vjp(lambda x, kernel: grouped_conv1d(x, kernel, groups), x, kernel)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    weight = np.float32(RNG.normal(size=want.shape))
+    _, other = jax.vjp(lambda x, kernel: conv1d(x, kernel, groups=groups), x, kernel)
+    for gradient, plain in zip(vjp(weight), other(weight), strict=True):
+        np.testing.assert_allclose(gradient, plain, atol=2e-5)
+    low = jax.vjp(lambda x, k: grouped_conv1d(x, k, groups), jnp.bfloat16(x), kernel)[1]
+    assert [g.dtype for g in low(jnp.bfloat16(weight))] == [jnp.bfloat16, jnp.float32]
 
 
 def test_conv1d_of_too_short_a_signal_is_empty():
