@@ -1,9 +1,11 @@
 """What the recognition experiments share: evaluation, and the facts and pictures of their reports."""
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +13,13 @@ from flax import nnx
 
 from edgespeech.conversion.capture import capture
 from edgespeech.conversion.layers import mixer_layers
-from edgespeech.data.batching import BatchSource
+from edgespeech.conversion.task import Task
+from edgespeech.data.batching import Batch, BatchSource
 from edgespeech.data.corpus import Corpus, Skipped
-from edgespeech.evaluation.decode import GreedyDecoder
+from edgespeech.evaluation.decode import Decoder
 from edgespeech.evaluation.plots import loss_curves, pulses_over_spectrogram, sweep_bars, wer_curve
 from edgespeech.evaluation.wer import WerResult, paired_bootstrap, score
-from edgespeech.models.wav2vec2 import Wav2Vec2, count_parameters
+from edgespeech.models.wav2vec2 import count_parameters
 from edgespeech.nn.lpa import LPA
 from edgespeech.ops.features import log_mel
 from edgespeech.training.metrics import read_metrics
@@ -29,7 +32,7 @@ REASONS = {
 
 
 def evaluate(
-    workdir: Path, name: str, decoder: GreedyDecoder, state: nnx.State, source: BatchSource
+    workdir: Path, name: str, decoder: Decoder, state: nnx.State, source: BatchSource
 ) -> WerResult:
     """Word errors of a model; the hypotheses stay in `hypotheses/NAME.jsonl`, from which a resumed run reads them."""
     path = workdir / "hypotheses" / f"{name}.jsonl"
@@ -44,14 +47,64 @@ def evaluate(
     return result
 
 
-def rates(result: WerResult) -> dict:
-    """WER with its interval, and CER."""
-    return {"wer": result.wer, "ci": list(result.ci), "cer": result.cer}
+def evaluate_splits(
+    workdir: Path,
+    name: str,
+    decoder: Decoder,
+    state: nnx.State,
+    sources: Mapping[str, BatchSource],
+) -> dict[str, WerResult]:
+    """Word errors of a model on every test split, by its name.
+
+    The hypotheses of the first split stay under the model's name, those of the others in `hypotheses/NAME_SPLIT.jsonl`.
+    """
+    first = next(iter(sources))
+    return {
+        split: evaluate(
+            workdir,
+            name if split == first else re.sub(r"[^\w.+-]", "_", f"{name}_{split}"),
+            decoder,
+            state,
+            source,
+        )
+        for split, source in sources.items()
+    }
 
 
-def table_row(result: WerResult, count: int, order: Sequence[int], model: nnx.Module) -> dict:
-    """The row of a model with the first `count` layers of the order replaced."""
-    return rates(result) | {
+def spoken(results: Mapping[str, WerResult]) -> str:
+    """WER of every split, for the terminal; a split that is alone needs no name."""
+    if len(results) == 1:
+        return "".join(f"WER {result.wer:.2%}" for result in results.values())
+    return "WER " + ", ".join(f"{result.wer:.2%} ({split})" for split, result in results.items())
+
+
+def rates(
+    results: Mapping[str, WerResult], teacher: Mapping[str, WerResult] | None = None
+) -> dict[str, Any]:
+    """WER with its interval and CER on the first split, and the same of further ones under `splits`.
+
+    Args:
+        results: by split, the first one first.
+        teacher: the same of the teacher; with it comes the difference from it, too.
+    """
+    rows = {}
+    for split, result in results.items():
+        rows[split] = {"wer": result.wer, "ci": list(result.ci), "cer": result.cer}
+        if teacher is not None:
+            rows[split]["delta_vs_teacher"] = difference(teacher[split], result)
+    (_, first), *further = rows.items()
+    return {**first, "splits": dict(further)} if further else first
+
+
+def table_row(
+    results: Mapping[str, WerResult],
+    count: int,
+    order: Sequence[int],
+    model: nnx.Module,
+    teacher: Mapping[str, WerResult] | None = None,
+) -> dict:
+    """The row of a model with the first `count` layers of the order replaced; see `rates`."""
+    return rates(results, teacher) | {
         "replaced": count,
         "layers": sorted(i + 1 for i in order[:count]),
         "parameters": count_parameters(model),
@@ -85,10 +138,13 @@ def skipped_counts(corpora: Iterable[Corpus], sources: Iterable[BatchSource]) ->
     return dict(Counter(kind(s.reason) for s in skipped))
 
 
-def describe(train: Corpus, dev: Corpus, test: Corpus, source: BatchSource) -> str:
+def describe(train: Corpus, dev: Corpus, tests: Mapping[str, Corpus], source: BatchSource) -> str:
     """What the data is, for the terminal: sizes, padding waste, notes, and every skipped utterance by name."""
+    several = len(tests) > 1
+    named = [("train", train), ("dev", dev)]
+    named += [(f"test {split}" if several else "test", corpus) for split, corpus in tests.items()]
     lines = []
-    for split, corpus in (("train", train), ("dev", dev), ("test", test)):
+    for split, corpus in named:
         facts = split_facts(corpus)
         lines.append(
             f"{split}: {corpus.kind}, {facts['utterances']} utterances, {facts['hours']:.2f} h, "
@@ -99,7 +155,7 @@ def describe(train: Corpus, dev: Corpus, test: Corpus, source: BatchSource) -> s
         f"batches: {len(source.shapes)} shapes, {source.steps_in_epoch(0)} steps an epoch, "
         f"padding waste {source.padding_waste:.1%}"
     )
-    skipped = [*train.skipped, *dev.skipped, *test.skipped, *source.skipped]
+    skipped = [s for part in (train, dev, *tests.values(), source) for s in part.skipped]
     lines += [f"  skipped {s.id}: {s.reason}" for s in skipped[:20]]
     if len(skipped) > 20:
         lines.append(f"  and {len(skipped) - 20} more skipped")
@@ -116,7 +172,34 @@ def describe_data(kind: str) -> str:
     return f"read speech, kind {kind}"
 
 
-def draw(workdir: Path, report: dict, hybrid: Wav2Vec2, source: BatchSource) -> None:
+def data_facts(
+    train: Corpus, dev: Corpus, tests: Mapping[str, Corpus], source: BatchSource, others: Iterable
+) -> dict[str, Any]:
+    """What the report says of the data; test splits after the first are under `splits`.
+
+    Args:
+        train: what is trained on.
+        dev: what the sweep measures its errors on.
+        tests: by name, the first one first.
+        source: training batches.
+        others: sources of the other batches, for what they skip.
+    """
+    (first, test), *further = tests.items()
+    facts = {
+        "kind": train.kind,
+        "description": describe_data(train.kind),
+        "train": split_facts(train),
+        "dev": split_facts(dev),
+        "test": {"name": first, **split_facts(test)},
+        "skipped": skipped_counts([train, dev, *tests.values()], [source, *others]),
+        "padding_waste": source.padding_waste,
+    }
+    if further:
+        facts["splits"] = {split: split_facts(corpus) for split, corpus in further}
+    return facts
+
+
+def draw(workdir: Path, report: dict, hybrid: Any, task: Task, source: BatchSource) -> None:
     """Draws sweep, WER curve, losses, and the pulses of one utterance into `plots/`."""
     plots = workdir / "plots"
     plots.mkdir(exist_ok=True)
@@ -133,9 +216,10 @@ def draw(workdir: Path, report: dict, hybrid: Wav2Vec2, source: BatchSource) -> 
     batch = next(source.eval_batches())
     row = int(np.argmax(batch.weights * batch.audio_lengths))
     samples = int(batch.audio_lengths[row])
-    audio, lengths = batch.audio[row : row + 1, :samples], batch.audio_lengths[row : row + 1]
-    _, calls = capture(hybrid, audio, lengths)
-    mel = np.asarray(log_mel(jnp.asarray(audio))[0])
+    alone = Batch(*(part[row : row + 1] for part in batch))
+    alone = alone._replace(audio=alone.audio[:, :samples])
+    _, calls = capture(hybrid, alone, call=task.forward)
+    mel = np.asarray(log_mel(jnp.asarray(alone.audio))[0])
     text = source.corpus.utterances[int(batch.index[row])].text
     for number, layer in enumerate(mixer_layers(hybrid).values(), 1):
         if isinstance(layer.mixer, LPA):

@@ -1,6 +1,8 @@
-"""Score a saved teacher or hybrid on any split by greedy CTC, and keep what it heard.
+"""Score a saved teacher or hybrid on any split by greedy decoding, and keep what it heard.
 
 Command     python -m experiments.evaluate --checkpoint=WORKDIR/hybrid_8 --data=folder --data_dir=DIR --split=test-clean
+            (or --checkpoint=facebook/wav2vec2-base-960h --output=DIR, or the folder of such a checkpoint; or
+            --checkpoint=wheel --output=DIR, the Moonshine of the extra `moonshine`)
 Hardware    anything; 2 CPU cores decode the tiny preset at a few hundred times real time
 Expect      WER with its 95% interval on the terminal, and CHECKPOINT/evaluations/NAME.json and NAME.jsonl: the score,
             and the reference, hypothesis and errors of every utterance
@@ -11,6 +13,7 @@ import datetime
 import json
 import re
 import time
+import typing
 from pathlib import Path
 
 import jax
@@ -19,9 +22,12 @@ from flax import nnx
 
 from edgespeech.data.batching import BatchConfig, BatchSource
 from edgespeech.data.sources import KINDS, open_corpus
-from edgespeech.evaluation.decode import GreedyDecoder
+from edgespeech.errors import InputError
+from edgespeech.evaluation.decode import GreedyDecoder, Seq2SeqDecoder
 from edgespeech.evaluation.report import device, versions
-from edgespeech.interop.pretrained import load_pretrained
+from edgespeech.interop.open_model import open_model
+from edgespeech.models.moonshine import Moonshine
+from edgespeech.models.wav2vec2 import Padding
 from experiments import asr, program
 
 FLAGS = flags.FLAGS
@@ -30,7 +36,8 @@ flags.adopt_module_key_flags(program)
 flags.DEFINE_string(
     "checkpoint",
     None,
-    "Folder of a saved model, such as WORKDIR/teacher or WORKDIR/hybrid_8.",
+    "A saved model, such as WORKDIR/teacher or WORKDIR/hybrid_8, or a wav2vec2 or Moonshine checkpoint of Hugging "
+    "Face, its folder or its hub id, or 'wheel'.",
     required=True,
 )
 flags.DEFINE_enum(
@@ -44,13 +51,24 @@ flags.DEFINE_string("split", "test", "Split to score; several joined by +.")
 flags.DEFINE_float(
     "batch_seconds", 120.0, "Most seconds of padded audio in a batch.", lower_bound=1.0
 )
+flags.DEFINE_enum(
+    "padding",
+    None,
+    typing.get_args(Padding),
+    "exact: padding changes nothing; upstream: it counts as audio, as in PyTorch (default: the model's own, which for "
+    "Hugging Face is exact).",
+)
 flags.DEFINE_string("output", None, "Folder of the results (default: CHECKPOINT/evaluations).")
 
 
 def experiment() -> None:
     """Decode, score, write."""
     checkpoint = Path(FLAGS.checkpoint)
-    model, tokenizer, about = load_pretrained(checkpoint)
+    model, tokenizer, about = open_model(FLAGS.checkpoint, FLAGS.padding)
+    if not FLAGS.output and not checkpoint.is_dir():
+        raise InputError(
+            f"--checkpoint={FLAGS.checkpoint} is not a folder to write to: name one for the results, --output=DIR"
+        )
     corpus = open_corpus(
         FLAGS.data, FLAGS.split, data_dir=FLAGS.data_dir, cache_dir=FLAGS.cache_dir
     )
@@ -64,7 +82,8 @@ def experiment() -> None:
     source = BatchSource(corpus, None, config)
     graphdef, state = nnx.split(model)
     start = time.monotonic()
-    result = GreedyDecoder(graphdef, tokenizer).score(state, source)
+    decoder = Seq2SeqDecoder if isinstance(model, Moonshine) else GreedyDecoder
+    result = decoder(graphdef, tokenizer).score(state, source)
     seconds = time.monotonic() - start
 
     name = re.sub(r"[^\w.-]+", "_", f"{corpus.kind}_{FLAGS.split}")
@@ -72,7 +91,8 @@ def experiment() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result.write_hypotheses(folder / f"{name}.jsonl")
     facts = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": FLAGS.checkpoint,
+        "padding": "exact" if isinstance(model, Moonshine) else model.config.padding,
         "about": about,
         "data": {"kind": corpus.kind, "split": FLAGS.split} | asr.split_facts(corpus),
         "skipped": asr.skipped_counts([corpus], [source]),

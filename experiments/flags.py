@@ -21,10 +21,13 @@ Config = TypeVar("Config")
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """The entries of a class docstring's `Attributes:` section, each on one line."""
-    text = (cls.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
-    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", text, re.MULTILINE)
-    return {name: " ".join(body.split()) for name, body in entries}
+    """The entries of the `Attributes:` sections of a class and its bases, each on one line."""
+    docs = {}
+    for part in reversed(cls.__mro__):
+        text = (part.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+        entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", text, re.MULTILINE)
+        docs |= {name: " ".join(body.split()) for name, body in entries}
+    return docs
 
 
 def define_config(prefix: str, default: Any, skip: tuple[str, ...] = ()) -> None:

@@ -31,6 +31,12 @@ flags.DEFINE_integer(
 _FREE = {"workdir", "resume", "quiet", "cache_dir"}
 
 
+def say(text: str) -> None:
+    """Prints unless --quiet."""
+    if not FLAGS.quiet:
+        print(text, flush=True)
+
+
 class Workdir:
     """The folder of a run.
 

@@ -1,7 +1,7 @@
 """What goes into and comes out of every token mixer of a model."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 
@@ -36,8 +36,8 @@ class _Tap:
         return y
 
 
-def capture(model: nnx.Module, *inputs) -> tuple[object, list[Captured]]:
-    """Calls `model(*inputs)`; returns its output and what each mixer saw, in the order of the calls.
+def capture(model: nnx.Module, *inputs, call: Callable | None = None) -> tuple[Any, list[Captured]]:
+    """Calls `model(*inputs)`, or `call(model, *inputs)`; returns its output and what each mixer saw, in order.
 
     The mixers are wrapped for the duration of the call and then put back. Works inside jit. The layers must run one by
     one: in a scan over layers the values belong to the scan's body.
@@ -48,7 +48,7 @@ def capture(model: nnx.Module, *inputs) -> tuple[object, list[Captured]]:
     try:
         for layer in layers:
             object.__setattr__(layer, "mixer", _Tap(layer.mixer, calls.append))
-        output = model(*inputs)
+        output = model(*inputs) if call is None else call(model, *inputs)
     finally:
         for layer, mixer in zip(layers, mixers, strict=True):
             object.__setattr__(layer, "mixer", mixer)

@@ -11,7 +11,9 @@ A layer that has passed its window stays hard and goes on learning with those th
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import NamedTuple
 
 import jax
@@ -20,13 +22,12 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from edgespeech.conversion.layers import mixer_layers
+from edgespeech.conversion.task import Prediction, Task
 from edgespeech.data.batching import Batch
 from edgespeech.nn.lpa import anneal
-from edgespeech.ops.ctc import ctc_log_probs
 from edgespeech.ops.mask import mask_from_lengths
-from edgespeech.training.ctc import ctc_per_token, weighted_mean
 from edgespeech.training.state import LossFunction
-from edgespeech.types import Array, Bool, Float, Frames, Logits, Scalar
+from edgespeech.types import Array, Bool, Float, Frames, Scalar
 
 CO_ADAPT_FROM = 0.3
 HARD_FROM = 0.6
@@ -34,12 +35,11 @@ HARD_FROM = 0.6
 
 @dataclasses.dataclass(frozen=True)
 class DistilConfig:
-    """Weights of the three terms of the loss, and the length of the windows.
+    """Length of the windows, and weights of the terms of the loss; a task's own configuration adds its terms.
 
     Attributes:
         steps_per_layer: updates from one replaced layer to the next.
         learning_rate: peak of each window, which decays by a cosine to a tenth.
-        ctc: weight of the CTC loss, nats per token.
         kl: weight of KL(teacher || student) over the logits, nats per token.
         hidden: weight of the relative MSE of the outputs of the replaced layers.
         co_adapt: train the feed-forward and norms of replaced layers as well (phase b).
@@ -47,7 +47,6 @@ class DistilConfig:
 
     steps_per_layer: int = 36
     learning_rate: float = 1e-3
-    ctc: float = 1.0
     kl: float = 1.0
     hidden: float = 1.0
     co_adapt: bool = True
@@ -55,11 +54,18 @@ class DistilConfig:
     def __post_init__(self):
         if self.steps_per_layer < 1:
             raise ValueError(f"steps_per_layer is {self.steps_per_layer}: it must be at least 1")
-        for name in ("ctc", "kl", "hidden"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"distil.{name} is {getattr(self, name)}: it must be at least 0")
+        for name, weight in self.weights.items():
+            if weight < 0:
+                raise ValueError(f"distil.{name} is {weight}: it must be at least 0")
         if self.learning_rate <= 0:
             raise ValueError(f"distil.learning_rate is {self.learning_rate}: it must be above 0")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every term of the loss, by its name."""
+        others = ("steps_per_layer", "learning_rate", "co_adapt")
+        names = [field.name for field in dataclasses.fields(self) if field.name not in others]
+        return {name: getattr(self, name) for name in names}
 
     def schedule(self, step: Array) -> Scalar:
         """Learning rate: a cosine from the peak to a tenth of it in every window."""
@@ -159,29 +165,28 @@ class Lesson(NamedTuple):
 
     Attributes:
         batch: audio and targets.
-        logits: `[b n v]` of the teacher.
-        hidden: the output `[b n d]` of each of its layers.
+        teacher: its prediction.
         frozen: state of the student that is not trained. It travels with the batch: constants in a compiled
             program would be folded into it.
     """
 
     batch: Batch
-    logits: Logits
-    hidden: tuple[Frames, ...]
+    teacher: Prediction
     frozen: nnx.State
 
 
 def distil_objective(
-    graphdef: nnx.GraphDef, order: tuple[int, ...], config: DistilConfig
+    graphdef: nnx.GraphDef, task: Task, order: tuple[int, ...], config: DistilConfig
 ) -> LossFunction:
     """The loss of the student.
 
-        loss = w_ctc CTC / u + w_kl sum_i KL(teacher_i || student_i) / u + w_hidden mean_l MSE(h_l) / var(h_l)
+        loss = sum_k w_k term_k + w_hidden mean_l MSE(h_l) / var(h_l)
 
-    with u the tokens of an utterance, i its frames and l the replaced layers.
+    with the terms of the task and l the replaced layers.
 
     Args:
-        graphdef: of a model with switches that returns a `CTCOutput`, split by `trainable`.
+        graphdef: of a model with switches, split by `trainable`.
+        task: of the model.
         order: layers to replace, from 0.
         config: see `DistilConfig`.
     """
@@ -190,26 +195,22 @@ def distil_objective(
         del key
         batch = lesson.batch
         student = nnx.merge(graphdef, params, lesson.frozen, copy=True)
-        state = windows(order, len(lesson.hidden), step, config)
+        state = windows(order, len(lesson.teacher.hidden), step, config)
         apply_windows(student, state)
-        output = student(batch.audio, batch.audio_lengths)
-        mask = (
-            mask_from_lengths(output.lengths, output.logits.shape[1]) & (batch.weights > 0)[:, None]
-        )
-
-        ctc = weighted_mean(ctc_per_token(output.logits, output.lengths, batch), batch.weights)
-        teacher, student_log = ctc_log_probs(lesson.logits), ctc_log_probs(output.logits)
-        frame_kl = jnp.sum(jnp.exp(teacher) * (teacher - student_log), -1)
-        tokens = jnp.maximum(batch.target_lengths, 1)
-        kl = weighted_mean(jnp.sum(jnp.where(mask, frame_kl, 0.0), 1) / tokens, batch.weights)
-        hidden = jnp.stack(
-            [_relative_mse(h, t, mask) for h, t in zip(output.hidden, lesson.hidden, strict=True)]
-        )
+        output = task.forward(student, batch)
+        terms = task.terms(output, lesson.teacher, batch)
+        n = output.hidden[0].shape[1]
+        mask = mask_from_lengths(output.lengths, n) & (batch.weights > 0)[:, None]
+        pairs = zip(output.hidden, lesson.teacher.hidden, strict=True)
+        hidden = jnp.stack([_relative_mse(h, t, mask) for h, t in pairs])
         hidden = jnp.sum(jnp.where(state.active, hidden, 0.0)) / jnp.maximum(
             jnp.sum(state.active), 1
         )
-        total = config.ctc * ctc + config.kl * kl + config.hidden * hidden
-        return total, {"ctc": ctc, "kl": kl, "hidden": hidden}
+        terms["hidden"] = hidden
+        total = functools.reduce(
+            operator.add, (config.weights[name] * term for name, term in terms.items())
+        )
+        return total, terms
 
     return loss
 

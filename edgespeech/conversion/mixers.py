@@ -6,10 +6,11 @@ from flax import nnx
 
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import LPA, LPAConfig
-from edgespeech.nn.token_mixer_controls import Removed, SlidingWindowAttention
+from edgespeech.nn.rotary import RotarySelfAttention
+from edgespeech.nn.token_mixer_controls import Removed, sliding_window
 
 # attention, rngs -> mixer
-MixerFactory = Callable[[SelfAttention, nnx.Rngs], nnx.Module]
+MixerFactory = Callable[[SelfAttention | RotarySelfAttention, nnx.Rngs], nnx.Module]
 
 # Each with the same number of pulses in all; "mean only" and "local path only" tell whether pulses do the work.
 LPA_CONTROLS = {
@@ -39,9 +40,7 @@ def control_factory(name: str, window: int) -> MixerFactory:
     if name in LPA_CONTROLS:
         return lpa_factory(LPA_CONTROLS[name]())
     if name == "sliding_window":
-        return lambda attention, rngs: SlidingWindowAttention.from_attention(
-            attention, window, rngs=rngs
-        )
+        return lambda attention, rngs: sliding_window(attention, window, rngs=rngs)
     if name == "removed":
         return lambda attention, rngs: Removed()
     raise ValueError(f"control {name!r} is not known: choose from {', '.join(CONTROLS)}")

@@ -35,6 +35,7 @@ from edgespeech.conversion.sweep import (
     unstack,
 )
 from edgespeech.conversion.switch import finalise, install_switches
+from edgespeech.conversion.task import Task
 from edgespeech.data.batching import Batch, BatchSource
 from edgespeech.training.loop import LoopConfig, train
 from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
@@ -58,30 +59,28 @@ class Job:
 
 
 class Teacher:
-    """A trained model and the two things that a conversion asks of it, compiled once for each batch shape."""
+    """A trained model of a task and the two things that a conversion asks of it, compiled once for each batch shape."""
 
-    def __init__(self, model: Any):
-        self.model = model
-        graphdef, self.state = nnx.split(model)
+    def __init__(self, model: Any, task: Task):
+        self.model, self.task = model, task
+        self.graphdef, self.state = nnx.split(model)
         scanned = nnx.clone(model)
         scanned.scan_layers = True
         scanned_graphdef, _ = nnx.split(scanned)
-
-        def lesson(state, batch):
-            output = nnx.merge(scanned_graphdef, state)(batch.audio, batch.audio_lengths)
-            return output.logits, output.hidden
-
-        self._pairs = jax.jit(lambda state, batch: capture_pairs(nnx.merge(graphdef, state), batch))
-        self._lesson = jax.jit(lesson)
+        self._pairs = jax.jit(
+            lambda state, batch: capture_pairs(nnx.merge(self.graphdef, state), task, batch)
+        )
+        self._predict = jax.jit(
+            lambda state, batch: task.forward(nnx.merge(scanned_graphdef, state), batch)
+        )
 
     def pairs(self, batch: Batch) -> Pairs:
         """What goes into and out of the attention of every layer."""
         return self._pairs(self.state, batch)
 
     def lesson(self, batch: Batch, frozen: nnx.State) -> Lesson:
-        """The batch with the teacher's logits and hidden states."""
-        logits, hidden = self._lesson(self.state, batch)
-        return Lesson(batch, logits, hidden, frozen)
+        """The batch with the teacher's prediction."""
+        return Lesson(batch, self._predict(self.state, batch), frozen)
 
 
 def run_sweep(
@@ -173,7 +172,7 @@ class Progressive:
             optax.scale_by_schedule(lambda step: -config.schedule(jnp.asarray(step))),
         )
         self._step = make_step(
-            distil_objective(self._graphdef, order, config),
+            distil_objective(self._graphdef, teacher.task, order, config),
             self._unravel,
             optimizer,
             0.0,

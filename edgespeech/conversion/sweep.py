@@ -16,6 +16,7 @@ from flax import nnx
 from edgespeech.conversion.capture import capture
 from edgespeech.conversion.layers import mixer_layers
 from edgespeech.conversion.mixers import MixerFactory
+from edgespeech.conversion.task import Task
 from edgespeech.data.batching import Batch
 from edgespeech.nn.lpa import anneal
 from edgespeech.ops.mask import mask_from_lengths
@@ -54,9 +55,9 @@ class LayerError(NamedTuple):
         return self.mse / self.variance
 
 
-def capture_pairs(model: nnx.Module, batch: Batch) -> Pairs:
+def capture_pairs(model: nnx.Module, task: Task, batch: Batch) -> Pairs:
     """Runs the teacher without dropout or augmentation and stacks what its mixers saw."""
-    _, calls = capture(model, batch.audio, batch.audio_lengths)
+    _, calls = capture(model, batch, call=task.forward)
     lengths = jnp.where(batch.weights > 0, calls[0].lengths, 0)
     return Pairs(jnp.stack([c.x for c in calls]), jnp.stack([c.y for c in calls]), lengths)
 

@@ -12,13 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
 from edgespeech.data.audio import SAMPLE_RATE, change_speed, speed_length
 from edgespeech.data.corpus import Corpus, Skipped
-from edgespeech.data.tokenizer import Tokenizer, min_frames
+from edgespeech.data.tokenizer import min_frames
 from edgespeech.errors import InputError
 
 PAD_MULTIPLE = 1280  # samples, 80 ms: whole encoder frames for every front end
@@ -63,6 +63,18 @@ class BatchConfig:
 
 # NumPy arrays as they are built; the same tuple holds JAX arrays once it is on a device.
 Rows: TypeAlias = Any
+
+
+class TextEncoder(Protocol):
+    """A tokenizer, as far as batches need it."""
+
+    def can_encode(self, text: str) -> set[str]:
+        """The characters of the text that the vocabulary lacks."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, int32 `[u]`."""
+        ...
 
 
 class Batch(NamedTuple):
@@ -124,7 +136,7 @@ class BatchSource:
     def __init__(
         self,
         corpus: Corpus,
-        tokenizer: Tokenizer | None,
+        tokenizer: TextEncoder | None,
         config: BatchConfig,
         frames_of: Callable[[int], int] | None = None,
     ):
@@ -137,7 +149,7 @@ class BatchSource:
         self._plans: dict[int, list[_Planned]] = {}
         self._lock = threading.Lock()
 
-    def _keep(self, tokenizer: Tokenizer | None, frames_of: Callable[[int], int] | None) -> None:
+    def _keep(self, tokenizer: TextEncoder | None, frames_of: Callable[[int], int] | None) -> None:
         fastest = max(self.config.speed_factors)
         limit = self.config.max_seconds * SAMPLE_RATE
         kept: list[int] = []

@@ -54,6 +54,7 @@ class FolderCorpus(Corpus):
     Args:
         data_dir: the folder that holds the split folders.
         split: name of one split folder, such as "train-clean-100".
+        require_text: leave out audio without a transcript; otherwise its text is empty.
         cache_dir: where the table goes; see `corpus.cache_folder`.
         cache_mb: MB (2**20 bytes) of decoded int16 audio to keep in memory; what exceeds it is
             decoded each time.
@@ -71,6 +72,7 @@ class FolderCorpus(Corpus):
         data_dir: str | os.PathLike,
         split: str,
         *,
+        require_text: bool = True,
         cache_dir: str | os.PathLike | None = None,
         cache_mb: float = 2048,
         threads: int = 2,
@@ -87,18 +89,18 @@ class FolderCorpus(Corpus):
         utterances = []
         self._paths: list[Path] = []
         for id in sorted({*texts, *files}, key=lambda id: _order(id, texts, files)):
-            if id not in texts:
-                skipped.append(Skipped(id, "missing transcript"))
-            elif id not in files:
+            text = texts[id][0] if id in texts else ""
+            if id not in files:
                 skipped.append(Skipped(id, "missing audio"))
-            elif not texts[id][0]:
-                skipped.append(Skipped(id, "empty transcript"))
+            elif require_text and not text:
+                reason = "empty transcript" if id in texts else "missing transcript"
+                skipped.append(Skipped(id, reason))
             elif entries[files[id]].fault:
                 skipped.append(Skipped(id, entries[files[id]].fault))
             else:
                 path = files[id]
                 speaker = path.relative_to(self._root).parts[0]
-                utterances.append(Utterance(id, speaker, texts[id][0], entries[path].num_samples))
+                utterances.append(Utterance(id, speaker, text, entries[path].num_samples))
                 self._paths.append(path)
         self.utterances = tuple(utterances)
         self.skipped = tuple(skipped)

@@ -17,6 +17,7 @@ def open_corpus(
     *,
     data_dir: Sequence[str] = (),
     synthetic: SyntheticConfig = SyntheticConfig(),  # noqa: B008 (frozen)
+    require_text: bool = True,
     cache_dir: str | os.PathLike | None = None,
 ) -> Corpus:
     """Open a corpus, or several joined into one.
@@ -28,6 +29,7 @@ def open_corpus(
         data_dir: for "folder" and "tfds", one folder or more. Each "DIR" must hold all of `split`;
             "DIR:SPLIT" or "DIR:SPLIT+SPLIT2" names its own splits instead.
         synthetic: settings of the synthetic corpus; not used by the other kinds.
+        require_text: for "folder", leave out audio without a transcript.
         cache_dir: see `corpus.cache_folder`.
 
     Raises:
@@ -50,7 +52,9 @@ def open_corpus(
         folder, own = _parse(entry)
         for name in _names(own or split):
             if kind == "folder":
-                corpora.append(FolderCorpus(folder, name, cache_dir=cache_dir))
+                corpora.append(
+                    FolderCorpus(folder, name, require_text=require_text, cache_dir=cache_dir)
+                )
             else:
                 from edgespeech.data.tfds_source import TfdsCorpus
 

@@ -4,6 +4,7 @@
 palette of Okabe and Ito, which colour-blind readers can tell apart. Layers are numbered from 1.
 """
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def wer_curve(
     """Draw WER in percent over the number of replaced layers, with 95 % intervals.
 
     teacher, hybrids, controls: rows of the report: `wer` and `ci` as fractions, `replaced`, and
-    `name` for controls.
+    `name` for controls. Test splits after the first get a curve of their own, without controls.
     """
     figure, axes = _figure(1, 1, height=4.0)
     axis = axes[0, 0]
@@ -78,6 +79,13 @@ def wer_curve(
             label="controls",
         )  # fmt: skip
         wer = np.concatenate([wer, wer_controls])
+    for colour, split in zip(itertools.cycle((GREEN, ORANGE)), teacher.get("splits", {})):
+        rows = [{**row["splits"][split], "replaced": row["replaced"]} for row in curve]
+        x, further, bars = _intervals(rows)
+        axis.errorbar(
+            x, further, bars, color=colour, marker="s", ms=4, capsize=3, label=f"hybrids, {split}"
+        )
+        wer = np.concatenate([wer, further])
     _scale(axis, wer)
     if controls:
         _label_at_right(axis, [row["name"] for row in controls], x_controls, wer_controls)

@@ -3,6 +3,9 @@
 The dict that `write_report` takes has the keys of `SCHEMA`. Rates (WER, CER, their intervals and
 differences, padding waste) are fractions in the dict and percent in report.md. Layers are numbered
 from 1 everywhere: `sweep[].layer`, `order[]`, `hybrids[].layers`, `controls[].layers`.
+
+The rates of teacher, hybrids and controls are those of the first test split; those of further ones, if
+there are any, stand beside them under `splits`, by name, the same names in every row and in `data`.
 """
 
 import importlib.metadata
@@ -18,13 +21,21 @@ from typing import Any
 from edgespeech import __version__
 from edgespeech.errors import InputError
 
+
+class _Optional(str):
+    """A key of a schema that a mapping may lack."""
+
+
 _SPLIT = {"utterances": Integral, "hours": Real, "speakers": Integral}
 _SPLIT_FORMATS = {"utterances": ",", "hours": ".2f", "speakers": ","}
-_SYSTEM = {"wer": Real, "ci": (Real, Real), "cer": Real, "parameters": Integral}
+_RATES = {"wer": Real, "ci": (Real, Real), "cer": Real}
+_DELTA = {"delta_vs_teacher": {"difference": Real, "ci": (Real, Real)}}
+_SYSTEM = {**_RATES, "parameters": Integral, _Optional("splits"): {str: _RATES}}
 _REPLACED = {"replaced": Integral, "layers": [Integral]}
 
-# A dict names the keys that a mapping must have, a list of one the type of every item, a tuple the
-# types of a fixed sequence; `object` is any JSON value. More keys than these are kept in the JSON.
+# A dict names the keys that a mapping must have, or with `str` as its only key the type of every
+# value; a list of one gives the type of every item, a tuple the types of a fixed sequence; `object` is
+# any JSON value. More keys than these are kept in the JSON.
 SCHEMA = {
     "title": str,
     "command": str,
@@ -34,7 +45,8 @@ SCHEMA = {
         "description": str,
         "train": _SPLIT,
         "dev": _SPLIT,
-        "test": _SPLIT,
+        "test": {**_SPLIT, _Optional("name"): str},
+        _Optional("splits"): {str: _SPLIT},  # further test splits
         "skipped": Mapping,  # reason: count
         "padding_waste": Real,  # padded frames / all frames
     },
@@ -42,7 +54,7 @@ SCHEMA = {
     "sweep": [{"layer": Integral, "mse": Real, "relative_mse": Real, "variance": Real}],
     "order": [Integral],  # in which the layers are replaced: easiest first
     "hybrids": [
-        {**_SYSTEM, **_REPLACED, "delta_vs_teacher": {"difference": Real, "ci": (Real, Real)}}
+        {**_SYSTEM, **_REPLACED, **_DELTA, _Optional("splits"): {str: {**_RATES, **_DELTA}}}
     ],
     "controls": [{"name": str, **_SYSTEM, **_REPLACED}],
     "stages": [{"name": str, "seconds": Real}],
@@ -61,11 +73,12 @@ def write_report(workdir: str | Path, report: Mapping[str, Any]) -> None:
     A value that is not finite is null in the JSON and n/a in the text.
 
     Raises:
-        InputError: a key of `SCHEMA` is missing, a value has another type, or a layer number is
-            below 1.
+        InputError: a key of `SCHEMA` is missing, a value has another type, a layer number is
+            below 1, or two rows have other test splits.
     """
     _validate(report, SCHEMA, "report")
     _validate_layers(report)
+    _validate_splits(report)
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False)
@@ -115,8 +128,12 @@ def _cpu_model() -> str:
 def _validate(value: Any, schema: Any, name: str) -> None:
     if isinstance(schema, dict):
         _require(value, Mapping, name)
+        if set(schema) == {str}:
+            schema = dict.fromkeys(value, schema[str])
         for key, part in schema.items():
             if key not in value:
+                if isinstance(key, _Optional):
+                    continue
                 raise InputError(f"{name} lacks {key!r}: give {', '.join(schema)}")
             _validate(value[key], part, f"{name}[{key!r}]")
     elif isinstance(schema, list | tuple):
@@ -152,6 +169,22 @@ def _validate_layers(report: Mapping[str, Any]) -> None:
             raise InputError(f"report[{name!r}] has layer {min(layers)}: number layers from 1")
 
 
+def _validate_splits(report: Mapping[str, Any]) -> None:
+    names = set(_further(report["data"]))
+    for key in ("teacher", "hybrids", "controls"):
+        for row in [report[key]] if key == "teacher" else report[key]:
+            if set(_further(row)) != names:
+                raise InputError(
+                    f"report[{key!r}] has the further test splits {_join(_further(row))}: "
+                    f"give those of report['data'], {_join(names)}"
+                )
+
+
+def _further(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Test splits after the first, by name."""
+    return part.get("splits", {})
+
+
 def _plain(value: Any) -> Any:
     """Copy with Python's own types: NumPy scalars and tuples converted, not finite to None."""
     if isinstance(value, Mapping):
@@ -175,7 +208,10 @@ def _render(report: Mapping[str, Any], images: Iterable[Path]) -> str:
         f"**Synthetic data: {data['description'].rstrip('.')}.** The numbers compare systems on "
         "this data only and are no result on recorded speech."
     )
+    further = list(_further(data))
     system = ["replaced", "layers", "WER", "95 % CI", "CER", "parameters"]
+    system += [title for name in further for title in (f"WER, {name}", f"95 % CI, {name}")]
+    first = data["test"].get("name", "test")
     deltas = [
         [_points(d["difference"]), _interval(d["ci"], _points)]
         for d in (row["delta_vs_teacher"] for row in report["hybrids"])
@@ -190,13 +226,18 @@ def _render(report: Mapping[str, Any], images: Iterable[Path]) -> str:
         f"Teacher{mark}: WER **{_percent(teacher['wer'])}**, 95 % CI {_interval(teacher['ci'])}, "
         f"CER {_percent(teacher['cer'])}, {teacher['parameters']:,} parameters, "
         f"{teacher['steps']:,} steps.",
+        *(
+            [f"What names no split is of {first}; further ones: {_join(further)}."]
+            if further
+            else []
+        ),
         _table(
             f"WER for every number of replaced layers{mark}",
             [*system, "WER - teacher", "95 % CI of the difference"],
             [
-                ["0", "none (teacher)", *_rates(teacher), "", ""],
+                ["0", "none (teacher)", *_rates(teacher, further), "", ""],
                 *(
-                    [*_system(row), *delta]
+                    [*_system(row, further), *delta]
                     for row, delta in zip(report["hybrids"], deltas, strict=True)
                 ),
             ],
@@ -204,7 +245,7 @@ def _render(report: Mapping[str, Any], images: Iterable[Path]) -> str:
         _table(
             f"Controls on the same test set{mark}",
             ["control", *system],
-            [[row["name"], *_system(row)] for row in report["controls"]],
+            [[row["name"], *_system(row, further)] for row in report["controls"]],
         ),
         "## Sweep",
         _table(
@@ -224,8 +265,12 @@ def _render(report: Mapping[str, Any], images: Iterable[Path]) -> str:
             f"Splits{mark}",
             ["split", "utterances", "hours", "speakers"],
             [
-                [name, *(f"{data[name][k]:{form}}" for k, form in _SPLIT_FORMATS.items())]
-                for name in ("train", "dev", "test")
+                [name, *(f"{facts[k]:{form}}" for k, form in _SPLIT_FORMATS.items())]
+                for name, facts in (
+                    *((name, data[name]) for name in ("train", "dev")),
+                    (f"test ({first})" if further else "test", data["test"]),
+                    *((f"test ({name})", facts) for name, facts in _further(data).items()),
+                )
             ],
         ),
         f"Skipped: {_pairs(data['skipped'])}. Padding: {_percent(data['padding_waste'])} of the "
@@ -260,13 +305,16 @@ def _table(caption: str, header: list[str], rows: list[list[Any]]) -> str:
     return f"*{caption}*\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def _system(row: Mapping[str, Any]) -> list[Any]:
-    return [row["replaced"], _join(row["layers"]), *_rates(row)]
+def _system(row: Mapping[str, Any], further: Sequence[str]) -> list[Any]:
+    return [row["replaced"], _join(row["layers"]), *_rates(row, further)]
 
 
-def _rates(row: Mapping[str, Any]) -> list[str]:
+def _rates(row: Mapping[str, Any], further: Sequence[str]) -> list[str]:
     rates = [_percent(row["wer"]), _interval(row["ci"]), _percent(row["cer"])]
-    return [*rates, f"{row['parameters']:,}"]
+    rates.append(f"{row['parameters']:,}")
+    for name in further:
+        rates += [_percent(row["splits"][name]["wer"]), _interval(row["splits"][name]["ci"])]
+    return rates
 
 
 def _percent(fraction: float) -> str:

@@ -1,19 +1,22 @@
 """The wav2vec 2.0 encoder with a CTC head (arXiv 2006.11477), with a slot for the token mixer in every layer."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from edgespeech.errors import InputError
-from edgespeech.nn.front_end import LogMelFrontEnd, WaveformFrontEnd
+from edgespeech.nn.front_end import WAV2VEC2_STRIDES, LogMelFrontEnd, WaveformFrontEnd
 from edgespeech.nn.transformer import ConvPositions, EncoderLayer, run_layers
+from edgespeech.ops.conv import conv1d
 from edgespeech.ops.dropout import dropout
 from edgespeech.ops.features import SpecAugmentConfig, time_spans
-from edgespeech.ops.mask import mask_from_lengths, zero_padding
-from edgespeech.types import Array, Audio, Frames, Lengths, Logits
+from edgespeech.ops.mask import mask_from_lengths, masked_mean, zero_padding
+from edgespeech.types import Array, Audio, Bool, Frames, Lengths, Logits
+
+Padding: TypeAlias = Literal["exact", "upstream"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Wav2Vec2Config:
         conv_blocks: residual convolution blocks of the log-mel front end.
         position_kernel: taps of the convolutional position embedding.
         position_groups: its groups; must divide the width.
+        padding: `exact`, an utterance's output is the same alone and in any padded batch; `upstream` (waveform front
+            end only), as PyTorch computes wav2vec2-base without an attention mask: group norm, positions and token
+            mixers take padding for audio, and the output depends on the length of the batch.
         dropout: rate, in training.
         spec_augment: masks, in training. The waveform front end uses the time masks alone, on frames of 20 ms.
 
@@ -54,6 +60,7 @@ class Wav2Vec2Config:
     conv_blocks: int = 0
     position_kernel: int = 128
     position_groups: int = 16
+    padding: Padding = "exact"
     dropout: float = 0.1
     spec_augment: SpecAugmentConfig = dataclasses.field(default_factory=SpecAugmentConfig)
 
@@ -84,6 +91,13 @@ class Wav2Vec2Config:
             raise InputError(f"model.dropout is {self.dropout}: it must be in [0, 1)")
         if self.front_end not in ("waveform", "logmel"):
             raise InputError(f"model.front_end is {self.front_end!r}: choose waveform or logmel")
+        if self.padding not in ("exact", "upstream"):
+            raise InputError(f"model.padding is {self.padding!r}: choose exact or upstream")
+        if self.padding == "upstream" and self.front_end != "waveform":
+            raise InputError(
+                f"model.padding is 'upstream' and model.front_end {self.front_end!r}, which PyTorch's wav2vec2 lacks: "
+                "choose exact, or the front end waveform"
+            )
 
     @classmethod
     def base(cls) -> "Wav2Vec2Config":
@@ -124,8 +138,12 @@ class Wav2Vec2Config:
             position_groups=192,
         )
 
-    def num_frames(self, num_samples: int) -> int:
-        """Encoder frames of an utterance of so many samples at 16 kHz."""
+    @overload
+    def num_frames(self, num_samples: int) -> int: ...
+    @overload
+    def num_frames(self, num_samples: Lengths) -> Lengths: ...
+    def num_frames(self, num_samples: Any) -> Any:
+        """Encoder frames of an utterance, or of every row, of so many samples at 16 kHz."""
         if self.front_end == "waveform":
             return WaveformFrontEnd.num_frames(num_samples)
         return LogMelFrontEnd.num_frames(num_samples, self.conv_strides)
@@ -141,7 +159,7 @@ class CTCOutput(NamedTuple):
 
     Attributes:
         logits: `[b n v]`, unnormalised.
-        lengths: `[b]`, valid frames.
+        lengths: `[b]`, frames of the utterance, padding not counted even where the layers see it.
         hidden: the output `[b n d]` of every layer, in order.
     """
 
@@ -204,7 +222,8 @@ class Wav2Vec2(nnx.Module):
 
         Args:
             audio: `[b t]`, float32 in [-1, 1], 16 kHz.
-            audio_lengths: `[b]`, valid samples; an utterance's output does not depend on what is beyond.
+            audio_lengths: `[b]`, valid samples; what is beyond is never read, and with `padding="exact"` its extent
+                changes nothing either.
             key: a random key: training, with dropout and SpecAugment. None: inference.
 
         Raises:
@@ -214,8 +233,15 @@ class Wav2Vec2(nnx.Module):
         if key is not None:
             keys = tuple(jax.random.split(key, len(keys)))
         augment_key, input_key, *layer_keys = keys
-        audio = jnp.where(mask_from_lengths(audio_lengths, audio.shape[1]), audio, 0.0)
-        x, lengths = self.front_end(audio, audio_lengths, augment_key)
+        valid = mask_from_lengths(audio_lengths, audio.shape[1])
+        audio = jnp.where(valid, audio, 0.0)
+        frames = self.config.num_frames(audio_lengths)
+        if self.config.padding == "upstream":
+            assert isinstance(self.front_end, WaveformFrontEnd)  # the config has no other
+            x = _upstream_front_end(self.front_end, audio, valid)
+            lengths = jnp.full_like(frames, x.shape[1])  # of what the layers see
+        else:
+            x, lengths = self.front_end(audio, audio_lengths, augment_key)
         if x.shape[1] == 0:
             raise InputError(
                 f"audio of {audio.shape[1]} samples is too short for a single frame: pad the batch, lengths unchanged"
@@ -230,13 +256,34 @@ class Wav2Vec2(nnx.Module):
             x = self.norm(x)
         x = dropout(x, self.config.dropout, input_key)
         hidden = run_layers(self.layers, x, lengths, layer_keys, scan=self.scan_layers)
-        return CTCOutput(self.logits(hidden[-1]), lengths, hidden)
+        return CTCOutput(self.logits(hidden[-1]), frames, hidden)
 
     def logits(self, hidden: Frames) -> Logits:
         """The head on the output of any layer, `[b n d] -> [b n v]`."""
         if self.config.norm_first:
             hidden = self.norm(hidden)
         return self.head(hidden)
+
+
+def _upstream_front_end(
+    front_end: WaveformFrontEnd, audio: Audio, valid: Bool[Array, "b t"]
+) -> Frames:
+    """The waveform front end on a padded batch as PyTorch computes it, `[b t] -> [b n channels]`.
+
+    Each utterance is brought to zero mean and unit variance and padded with zeros. From there on the zeros are audio:
+    the statistics of the group norm are those of the whole row.
+    """
+    centred = jnp.where(valid, audio - masked_mean(audio, valid, axis=1), 0.0)
+    variance = masked_mean(jnp.square(centred), valid, axis=1)
+    x = (centred * jax.lax.rsqrt(variance + 1e-7))[..., None]
+    for i, (kernel, stride) in enumerate(zip(front_end.kernels, WAV2VEC2_STRIDES, strict=True)):
+        x = conv1d(x, kernel[...], stride)
+        if i == 0:
+            x = x - jnp.mean(x, axis=1, keepdims=True)
+            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=1, keepdims=True) + 1e-5)
+            x = x * front_end.norm_scale[...] + front_end.norm_bias[...]
+        x = jax.nn.gelu(x, approximate=False)
+    return x
 
 
 def count_parameters(module: nnx.Module) -> int:

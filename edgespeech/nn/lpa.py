@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from edgespeech.errors import InputError
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa_config import LPAConfig
+from edgespeech.nn.rotary import RotarySelfAttention
 from edgespeech.ops import pulse
 from edgespeech.ops.accumulate import EPS, broadcast, pulse_average, run_average, run_broadcast
 from edgespeech.ops.conv import depthwise_conv
@@ -125,9 +126,9 @@ class LPA(nnx.Module):
 
     @classmethod
     def from_attention(
-        cls, attention: SelfAttention, config: LPAConfig, *, rngs: nnx.Rngs
+        cls, attention: SelfAttention | RotarySelfAttention, config: LPAConfig, *, rngs: nnx.Rngs
     ) -> "LPA":
-        """LPA that starts with the attention's value and output projections, copied.
+        """LPA that starts with the attention's value and output projections, copied; missing biases are zero.
 
         The paper's "selective initialisation" is, as we read it, this; everything else is new.
         """
@@ -140,7 +141,8 @@ class LPA(nnx.Module):
             dtype=v_proj.dtype,
             param_dtype=v_proj.param_dtype,
         )
-        lpa.v_proj, lpa.out_proj = copy_module(v_proj), copy_module(attention.out_proj)
+        for ours, theirs in ((lpa.v_proj, v_proj), (lpa.out_proj, attention.out_proj)):
+            nnx.update(ours, nnx.state(copy_module(theirs)))
         return lpa
 
     def __call__(self, x: Frames, lengths: Lengths) -> Frames:

@@ -12,7 +12,9 @@ from jax.typing import DTypeLike
 from edgespeech.errors import InputError
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import copy_module
+from edgespeech.nn.rotary import RotarySelfAttention
 from edgespeech.ops.attention import MASKED
+from edgespeech.ops.mask import mask_from_lengths, zero_padding
 from edgespeech.types import Array, Float, Frames, Lengths, Mask
 
 
@@ -52,10 +54,7 @@ class SlidingWindowAttention(SelfAttention):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
     ):
-        if window < 1:
-            raise InputError(
-                f"SlidingWindowAttention window is {window}; it must be at least 1 frame"
-            )
+        _require_window(self, window)
         super().__init__(d, num_heads, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.window = window
 
@@ -73,13 +72,66 @@ class SlidingWindowAttention(SelfAttention):
             dtype=like.dtype,
             param_dtype=like.param_dtype,
         )
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(mixer, name, copy_module(getattr(attention, name)))
+        _copy_projections(mixer, attention)
         return mixer
 
     def attend(self, q: Array, k: Array, v: Array, mask: Mask) -> Float[Array, "b n h c"]:
         """Banded attention, `[b n h c] -> [b n h c]`."""
         return banded_attention(q, k, v, mask, self.window)
+
+
+class RotarySlidingWindowAttention(RotarySelfAttention):
+    """`SlidingWindowAttention` with rotary positions and without biases: what it makes of `RotarySelfAttention`.
+
+    Attributes:
+        window: frames to each side.
+
+    Raises:
+        InputError: the window is below 1, or see `RotarySelfAttention`.
+    """
+
+    def __init__(self, d: int, num_heads: int, rotary_width: int, window: int, *, rngs: nnx.Rngs):
+        _require_window(self, window)
+        super().__init__(d, num_heads, rotary_width, rngs=rngs)
+        self.window = window
+
+    @classmethod
+    def from_attention(
+        cls, attention: RotarySelfAttention, window: int, *, rngs: nnx.Rngs
+    ) -> "RotarySlidingWindowAttention":
+        """The same attention, seen through a window: all four projections copied, positions kept."""
+        d = attention.v_proj.in_features
+        mixer = cls(d, attention.num_heads, attention.rotary_width, window, rngs=rngs)
+        _copy_projections(mixer, attention)
+        return mixer
+
+    def __call__(self, x: Frames, lengths: Lengths) -> Frames:
+        """`[b n d], [b] -> [b n d]`; what lies beyond a length is never seen."""
+        mask = mask_from_lengths(lengths, x.shape[1])
+        q, (k, v) = self._project(zero_padding(x, mask), jnp.arange(x.shape[1]))
+        return self.out_proj(banded_attention(q, k, v, mask, self.window).reshape(x.shape))
+
+
+WINDOWED = (SlidingWindowAttention, RotarySlidingWindowAttention)
+
+
+def sliding_window(
+    attention: SelfAttention | RotarySelfAttention, window: int, *, rngs: nnx.Rngs
+) -> SlidingWindowAttention | RotarySlidingWindowAttention:
+    """An attention of either kind, seen through a window of so many frames to each side."""
+    if isinstance(attention, RotarySelfAttention):
+        return RotarySlidingWindowAttention.from_attention(attention, window, rngs=rngs)
+    return SlidingWindowAttention.from_attention(attention, window, rngs=rngs)
+
+
+def _require_window(mixer: nnx.Module, window: int) -> None:
+    if window < 1:
+        raise InputError(f"{type(mixer).__name__} window is {window}; it must be at least 1 frame")
+
+
+def _copy_projections(mixer: nnx.Module, attention: nnx.Module) -> None:
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        setattr(mixer, name, copy_module(getattr(attention, name)))
 
 
 def banded_attention(

@@ -57,6 +57,22 @@ def test_sweep_bars(tmp_path, drawn):
     check_file(tmp_path / "plots" / "sweep.png")
 
 
+def test_wer_curve_of_further_splits(tmp_path, drawn):
+    def both(replaced, wer):
+        return row(replaced, wer, splits={"test-other": {"wer": 2 * wer, "ci": [wer, 3 * wer]}})
+
+    hybrids = [both(2, 0.08), both(1, 0.05)]
+    plots.wer_curve(tmp_path / "wer.png", both(0, 0.04), hybrids, [row(2, 0.2, name="x")], NOTE)
+    (figure,) = drawn
+    curve, points, other = figure.axes[0].containers
+    np.testing.assert_allclose(curve.lines[0].get_xydata(), [[0, 4], [1, 5], [2, 8]])
+    np.testing.assert_allclose(points.lines[0].get_xydata(), [[2.1, 20]])
+    np.testing.assert_allclose(other.lines[0].get_xydata(), [[0, 8], [1, 10], [2, 16]])
+    bars = [segment[:, 1] for segment in other.lines[2][0].get_segments()]
+    np.testing.assert_allclose(bars, [[4, 12], [5, 15], [8, 24]])
+    assert other.get_label() == "hybrids, test-other"
+
+
 def test_wer_curve(tmp_path, drawn):
     hybrids = [row(2, 0.08), row(1, 0.05)]
     controls = [row(2, 0.2, name="no pulses"), row(2, 0.0801, name="mean"), row(2, 0.08, name="x")]

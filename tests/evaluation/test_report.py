@@ -129,6 +129,56 @@ def test_text(tmp_path, report):
     assert "- One note." in text
 
 
+def with_further_split(report):
+    """The same with a second test split."""
+    rates = {"wer": 0.08, "ci": [0.07, 0.09], "cer": 0.03}
+    delta = {"delta_vs_teacher": {"difference": 0.02, "ci": [0.01, 0.03]}}
+    report = copy.deepcopy(report)
+    report["data"]["test"]["name"] = "test-clean"
+    report["data"]["splits"] = {"test-other": {"utterances": 50, "hours": 0.5, "speakers": 3}}
+    report["teacher"]["splits"] = {"test-other": rates}
+    report["hybrids"][0]["splits"] = {"test-other": {**rates, "wer": 0.1, **delta}}
+    report["controls"][0]["splits"] = {"test-other": {**rates, "wer": 1.2}}
+    return report
+
+
+def test_further_test_splits_are_columns(tmp_path, report):
+    report = with_further_split(report)
+    write_report(tmp_path, report)
+    text = (tmp_path / "report.md").read_text()
+    assert "What names no split is of test-clean; further ones: test-other." in text
+    header, teacher, hybrid = table_rows(text, "WER for every number of replaced layers")
+    assert header[6:8] == ["WER, test-other", "95 % CI, test-other"]
+    assert (teacher[2], teacher[6]) == ("3.37 %", "8.00 %")
+    assert (hybrid[2], hybrid[6:8]) == ("5.00 %", ["10.00 %", "[7.00 %, 9.00 %]"])
+    assert hybrid[8] == "+1.63"  # the difference stays the first split's
+    header, control = table_rows(text, "Controls on the same test set")
+    assert control[header.index("WER, test-other")] == "120.00 %"
+    splits = table_rows(text, "Splits")
+    assert [row[0] for row in splits[3:]] == ["test (test-clean)", "test (test-other)"]
+    assert splits[-1][1:] == ["50", "0.50", "3"]
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["hybrids"][0]["wer"] == pytest.approx(0.05)
+    assert written["hybrids"][0]["splits"] == report["hybrids"][0]["splits"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["teacher", "splits"], None, r"\['teacher'\] has the further test splits none: give .*other"),
+        (["data", "splits"], None, r"\['teacher'\] has the further test splits test-other: .* none"),
+        (["hybrids", 0, "splits"], {}, r"\['hybrids'\] has the further test splits none"),
+        (["controls", 0, "splits", "test-other", "ci"], None, r"\['test-other'\] lacks 'ci'"),
+        (["hybrids", 0, "splits", "test-other", "delta_vs_teacher"], None, "lacks 'delta_vs_teacher'"),
+        (["data", "splits", "test-other", "hours"], "1", r"\['hours'\] is '1'"),
+        (["data", "test", "name"], 3, r"\['name'\] is 3: give a value of type str"),
+    ],
+)  # fmt: skip
+def test_bad_further_splits(tmp_path, report, path, value, message):
+    with pytest.raises(InputError, match=message):
+        write_report(tmp_path, edited(with_further_split(report), path, value))
+
+
 def test_synthetic_is_said_in_every_caption_and_only_then(tmp_path, report):
     write_report(tmp_path, report)
     captions = re.findall(r"^\*([^*].*)\*", (tmp_path / "report.md").read_text(), re.MULTILINE)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,6 +207,8 @@ def test_workdir_that_cannot_be_written(run, tree, tmp_path, name):
         ("--replaced=two", ["--replaced holds 'two'"]),
         ("--intermediate_ctc=4", ["--intermediate_ctc holds 4: give values from 1 to 3"]),
         ("--controls=magic", ["--controls holds 'magic'", "mean_only", "removed"]),
+        ("--test_split=test,test", ["--test_split=test,test names a split twice"]),
+        ("--test_split=test,", ["--test_split=test, names", "an empty one"]),
         ("--data=radio", ["data", "radio"]),
         ("--no_such_flag", ["no_such_flag"]),
         ("--lpa.kernel_sise=3", ["lpa.kernel_sise"]),
@@ -256,4 +259,31 @@ def test_checkpoint_of_another_model(run, tree, teacher):
 
 def test_no_teacher_there(run, tree, tmp_path):
     result = run(f"--data_dir={tree}", f"--teacher={tmp_path / 'none'}")
-    refused(result, f"{tmp_path / 'none' / 'model.json'} is missing")
+    refused(result, f"{tmp_path / 'none'} is missing: name a folder", "or a hub id")
+    (tmp_path / "none").mkdir()
+    result = run(f"--data_dir={tree}", f"--teacher={tmp_path / 'none'}")
+    refused(result, "holds neither model.json", "nor config.json")
+
+
+def test_teacher_of_the_hub_offline(run, tree, monkeypatch):
+    def snapshot_download(repo, allow_patterns):
+        raise ConnectionError("no network")
+
+    hub = SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    result = run(f"--data_dir={tree}", "--teacher=some/wav2vec2")
+    refused(result, "some/wav2vec2 is not a local folder", "check the name and the network")
+
+
+def test_upstream_padding_needs_the_waveform(run, tree, teacher):
+    arguments = [f"--data_dir={tree}", "--model.padding=upstream"]
+    refused(run(*arguments), "--model.*", "choose exact, or the front end waveform")
+    arguments += [f"--teacher={teacher}", "--model.front_end=waveform"]
+    refused(run(*arguments), "padding is 'upstream' and model.front_end 'logmel'")
+
+
+def test_several_test_splits(run, tree):
+    refused(run(f"--data_dir={tree}", "--test_split=test,holdout"), "has no split 'holdout'")
+    out = accepted(run(f"--data_dir={tree}", "--test_split=test,dev"))
+    assert "test test: folder, 4 utterances" in out
+    assert "test dev: folder, 4 utterances" in out

@@ -15,8 +15,10 @@ from edgespeech.data.batching import BatchConfig, BatchSource
 from edgespeech.data.folder import FolderCorpus
 from edgespeech.evaluation.decode import GreedyDecoder
 from edgespeech.interop.pretrained import load_pretrained
+from edgespeech.models.wav2vec2 import Wav2Vec2Config
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import LPA
+from experiments.lpa_librispeech import model_settings
 from tests.support.programs import PROGRAM, TINY_RUN, write_tones
 from tests.support.tiny import ROOT
 
@@ -57,6 +59,9 @@ def test_report_has_what_it_promises(finished):
     assert report["data"]["kind"] == "folder"
     assert report["data"]["train"]["utterances"] == 6
     assert report["data"]["test"]["speakers"] == 2
+    assert report["data"]["test"]["name"] == "test"
+    assert "splits" not in report["data"]
+    assert "splits" not in report["teacher"]
     assert {"wer", "ci", "cer", "parameters", "steps", "config"} <= report["teacher"].keys()
     assert report["teacher"]["steps"] == 4
     assert report["teacher"]["config"]["width"] == 16
@@ -86,6 +91,16 @@ def test_report_has_what_it_promises(finished):
     assert names[:4] == ["data", "teacher", "teacher evaluation", "sweep"]
     assert all(stage["seconds"] > 0 for stage in report["stages"])
     assert report["command"].startswith(f"python -m {PROGRAM} ")
+
+
+@pytest.mark.parametrize(("padding", "named"), [("exact", set()), ("upstream", {"padding"})])
+def test_settings_of_a_teacher_are_those_of_older_checkpoints(padding, named):
+    config = Wav2Vec2Config(padding=padding)
+    settings = model_settings(config)
+    fields = {field.name for field in dataclasses.fields(config)}
+    assert settings.keys() == fields - {"padding"} | named
+    assert json.loads(json.dumps(settings)) == settings
+    assert settings["spec_augment"]["time_width"] == config.spec_augment.time_width
 
 
 def hypotheses(finished, name):
@@ -160,6 +175,11 @@ def test_resume_with_other_flags_is_refused(finished):
 
 def test_resume_of_a_finished_run_changes_nothing(finished):
     before = finished.report
+    # A run that is older than the flag: not named in its settings.
+    config = finished.workdir / "config.json"
+    settings = json.loads(config.read_text())
+    assert settings.pop("model.padding") is None
+    config.write_text(json.dumps(settings))
     weights = {path: path.read_bytes() for path in finished.workdir.rglob("*.safetensors")}
     metrics = {path: path.read_bytes() for path in finished.workdir.rglob("*.jsonl")}
     assert len(weights) == 3

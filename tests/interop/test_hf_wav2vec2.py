@@ -15,39 +15,22 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from edgespeech.data.tokenizer import CharTokenizer
 from edgespeech.errors import InputError
-from edgespeech.interop.hf_wav2vec2 import hf_names, load_hf_wav2vec2, save_hf_wav2vec2
+from edgespeech.interop.hf_layout import hf_names
+from edgespeech.interop.hf_wav2vec2 import load_hf_wav2vec2, save_hf_wav2vec2
 from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from edgespeech.nn.token_mixer_controls import Removed
 from edgespeech.ops.ctc import ctc_loss
 from edgespeech.ops.features import SpecAugmentConfig, time_spans
+from tests.golden.hf_checkpoint import GOLDEN, IDS, TENSORS, without, write
 
-GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "hf_wav2vec2.npz")
-TENSORS = {k.removeprefix("tensors/"): GOLDEN[k] for k in GOLDEN.files if k.startswith("tensors/")}
-CONFIG = json.loads(str(GOLDEN["config"]))
-IDS = {str(token): i for i, token in enumerate(GOLDEN["tokens"])}
 GAIN = "wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.original0"
 DIRECTION = GAIN[:-1] + "1"
 MASK = "wav2vec2.masked_spec_embed"
 QUERY = "wav2vec2.encoder.layers.1.attention.q_proj.weight"
-
-
-def write(folder, tensors=TENSORS, vocab=IDS, processor=None, **config):
-    """The golden checkpoint as a folder, with other values where given."""
-    if tensors is not None:
-        save_file(dict(tensors), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG | config))
-    if vocab is not None:
-        (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor or {}))
-    return folder
-
-
-def without(*names):
-    return {name: tensor for name, tensor in TENSORS.items() if name not in names}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -78,11 +61,11 @@ def close(found, wanted, tolerance=1e-4, name=""):
 
 
 def test_golden(tmp_path):
-    model, tokenizer, normalise, notes = load_hf_wav2vec2(write(tmp_path))
+    model, tokenizer, normalise, has_head, notes = load_hf_wav2vec2(write(tmp_path))
     output = run(model)
     close(np.stack(output.hidden), GOLDEN["hidden"], 1e-5)
     close(output.logits, GOLDEN["logits"], 1e-5)
-    assert (normalise, notes) == (True, ())
+    assert (normalise, has_head, notes) == (True, True, ())
     assert tokenizer.vocabulary == tuple(GOLDEN["tokens"])
     assert tokenizer.encode("A CAT").tolist() == [7, 4, 19, 7, 6]
 
@@ -115,14 +98,15 @@ def test_without_head(tmp_path):
         "project_hid.bias": np.zeros(2, np.float32),
     }
     for tensors in (bare, pretraining):
-        model, tokenizer, _, notes = load_hf_wav2vec2(write(tmp_path, tensors))
+        model, tokenizer, _, has_head, notes = load_hf_wav2vec2(write(tmp_path, tensors))
         close(np.stack(run(model).hidden), GOLDEN["hidden"], 1e-5)
         assert notes == (
             "not in the checkpoint, initialised at random: lm_head.weight, lm_head.bias",
         )
         assert tokenizer.vocab_size == model.config.vocab_size == 32
+        assert not has_head
     (tmp_path / "vocab.json").unlink()
-    model, tokenizer, _, notes = load_hf_wav2vec2(tmp_path)
+    model, tokenizer, _, has_head, notes = load_hf_wav2vec2(tmp_path)
     assert tokenizer.vocab_size == model.config.vocab_size == 29
     assert "no vocab.json" in notes[0]
 
@@ -134,7 +118,7 @@ def test_without_mask_embedding_as_base_960h(tmp_path):
 
 
 def test_do_normalize_is_returned_and_cancelled_by_the_group_norm(tmp_path):
-    model, _, normalise, _ = load_hf_wav2vec2(write(tmp_path, processor={"do_normalize": False}))
+    model, _, normalise, *_ = load_hf_wav2vec2(write(tmp_path, processor={"do_normalize": False}))
     assert normalise is False
     close(run(model, 0.3 * GOLDEN["audio"] - 0.1).logits, GOLDEN["logits"])
 

@@ -155,8 +155,24 @@ def test_names_and_shapes_of_wrong_tensors_are_in_the_message(saved):
 
 def test_many_wrong_tensors_are_counted(saved):
     change_weights(saved, lambda w: w.update({f"extra.{i}": np.zeros(1) for i in range(20)}))
-    with pytest.raises(InputError, match=r"extra\.0 is not part of the model; .* and 12 more$"):
+    with pytest.raises(
+        InputError, match=r"extra\.0 is not part of the model; .* and 12 more; save"
+    ):
         load_pretrained(saved)
+
+
+def test_weights_that_are_not_finite(saved):
+    change_weights(saved, lambda w: w.update({"head.bias": w["head.bias"] * np.nan}))
+    with pytest.raises(InputError, match=r"head\.bias holds values that are not finite; save the"):
+        load_pretrained(saved)
+
+
+def test_folder_from_before_padding_was_a_setting(saved):
+    path = saved / "model.json"
+    description = json.loads(path.read_text())
+    assert description["config"].pop("padding") == "exact"
+    path.write_text(json.dumps(description))
+    assert load_pretrained(saved)[0].config.padding == "exact"
 
 
 def test_weights_of_another_model(saved, tmp_path):

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from edgespeech.models.moonshine import MoonshineConfig
+from edgespeech.models.sepformer import SepFormerConfig
+from edgespeech.models.splitformer import SplitformerConfig
 from edgespeech.models.wav2vec2 import Wav2Vec2Config
 from edgespeech.nn.lpa_config import LPAConfig
 
@@ -26,7 +29,8 @@ def presets(config_class):
     ]
 
 
-CASES = [(c, name) for c in (Wav2Vec2Config, LPAConfig) for name in presets(c)]
+CONFIGS = (LPAConfig, MoonshineConfig, SepFormerConfig, SplitformerConfig, Wav2Vec2Config)
+CASES = [(c, name) for c in CONFIGS for name in presets(c)]
 
 
 def golden_path(config_class, preset):
@@ -59,5 +63,5 @@ def test_preset_is_as_checked_in(config_class, preset):
 
 def test_every_golden_file_has_its_preset():
     names = {golden_path(*case).name for case in CASES}
-    assert len(names) == 10
+    assert len(names) == 18
     assert {path.name for path in GOLDEN.glob("*.txt")} == names

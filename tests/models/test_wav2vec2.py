@@ -130,6 +130,29 @@ def test_forward_pass_and_padding(config):
         np.testing.assert_allclose(out[row, :n], want, atol=1e-4)
 
 
+def test_upstream_padding_counts_as_audio():
+    """The row is one utterance, zeros included; its text ends where it ended."""
+    config = dataclasses.replace(WAVEFORM, padding="upstream")
+    model, (x, lengths) = make(config), audio()
+    x[1, 1700:] = np.nan
+    out = call(model, x, lengths)
+    w = reference.parameters(model)
+    for row, t in enumerate((2400, 1700)):
+        zeros = np.zeros(2400 - t)
+        utterance = np.float64(x[row, :t])
+        want = forward(w, config, np.concatenate([utterance - utterance.mean(), zeros]))
+        np.testing.assert_allclose(out.logits[row], want, atol=1e-4)
+        assert out.lengths[row] == config.num_frames(t)
+    exact = call(make(WAVEFORM), x, lengths)
+    n = int(out.lengths[1])
+    assert np.abs(exact.logits[1, :n] - out.logits[1, :n]).max() > 1e-2
+
+
+def test_upstream_padding_needs_the_waveform_front_end():
+    with pytest.raises(InputError, match=r"padding is 'upstream' and model.front_end 'logmel'"):
+        dataclasses.replace(LOGMEL, padding="upstream")
+
+
 def test_hidden_states_lead_to_the_logits():
     model, (x, lengths) = make(LOGMEL), audio()
     model.scan_layers = True
@@ -221,6 +244,7 @@ def test_key_means_training():
         ("position_groups", 5),
         ("dropout", 1.0),
         ("front_end", "mfcc"),
+        ("padding", "none"),
     ],
 )
 def test_config_names_what_is_wrong(field, value):

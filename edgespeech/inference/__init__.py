@@ -1,0 +1,1 @@
+"""From a trained model to text: decoding with caches, and transcription of recordings."""

@@ -1,0 +1,269 @@
+"""Early exits that save compute: one compiled program a segment, or one program for everything at batch 1.
+
+A segment is a block, its head and the exit rule. `lax.cond` under `vmap` runs both sides; here the next segment is
+either started or not.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from edgespeech.errors import InputError
+from edgespeech.inference.exit_criteria import ExitRule, exit_score, exits_agreeing, greedy_tokens
+from edgespeech.inference.exit_policy import ExitPolicy, passes
+from edgespeech.ops.ctc import BLANK
+from edgespeech.types import Array, Audio, Bool, Float, Frames, Int, Lengths
+
+FRAME_MULTIPLE = 32  # regrouped batches are cut to a multiple of it
+
+
+class ExitModel(Protocol):
+    """A model with exits, such as `Splitformer`.
+
+    Attributes:
+        blocks: one an exit, `(x [b n d], lengths) -> [b n d]`.
+        heads: one an exit, `(x, lengths) -> logits [b n v]`.
+    """
+
+    blocks: Sequence[Any]
+    heads: Sequence[Any]
+
+    def embed(self, audio: Audio, audio_lengths: Lengths) -> tuple[Frames, Lengths]:
+        """Audio to the input of the first block and its lengths."""
+        ...
+
+
+class ExitResult(NamedTuple):
+    """Greedy transcripts, and where each utterance left.
+
+    Attributes:
+        tokens: labels of each utterance, blanks and repeats removed.
+        exits: `[b]`, the exit taken, counted from 1.
+        scores: `[b]`, the rule's score there.
+    """
+
+    tokens: list[np.ndarray]
+    exits: np.ndarray
+    scores: np.ndarray
+
+
+class _Progress(NamedTuple):
+    """What goes from segment to segment."""
+
+    x: Frames
+    lengths: Lengths
+    tokens: Int[Array, "b n"]
+    agreeing: Int[Array, "b"]
+
+
+class _Decision(NamedTuple):
+    """What a segment says about its utterances."""
+
+    score: Float[Array, "b"]
+    leaves: Bool[Array, "b"]
+
+
+def _start(model: ExitModel, audio: Audio, audio_lengths: Lengths) -> _Progress:
+    x, lengths = model.embed(audio, audio_lengths)
+    return _Progress(
+        x,
+        lengths,
+        jnp.full(x.shape[:2], BLANK, jnp.int32),
+        jnp.zeros(len(x), jnp.int32),
+    )
+
+
+def _segment(
+    block, head, rule: ExitRule, n_best: int, threshold: Array, progress: _Progress
+) -> tuple[_Progress, _Decision]:
+    before, lengths = progress.x, progress.lengths
+    after = block(before, lengths)
+    logits = head(after, lengths)
+    tokens = greedy_tokens(logits, lengths)
+    agreeing = exits_agreeing(tokens, progress.tokens, progress.agreeing)
+    score = exit_score(rule, before, after, logits, lengths, agreeing, n_best)
+    decision = _Decision(score, passes(rule, score, threshold))
+    return _Progress(after, lengths, tokens, agreeing), decision
+
+
+class EarlyExit:
+    """Runs a batch segment by segment; the utterances that go on are regrouped into a smaller batch.
+
+    After each segment one boolean vector is read back. The survivors are gathered into the next power of two of rows
+    and the next multiple of 32 frames, so that few shapes are compiled; exact padding makes this the same for each
+    utterance as being alone. Segments of equal structure share one compilation.
+
+    Args:
+        model: with exits; its variables are those of now.
+        policy: when to leave.
+    """
+
+    def __init__(self, model: ExitModel, policy: ExitPolicy):
+        self.policy = policy
+        self.num_exits = len(model.blocks)
+        graphdef, self._state = nnx.split(model)
+        self._embed = jax.jit(
+            lambda state, audio, lengths: _start(nnx.merge(graphdef, state), audio, lengths)
+        )
+        self._segments = [
+            nnx.split((block, head)) for block, head in zip(model.blocks, model.heads, strict=True)
+        ]
+
+    def __call__(
+        self, audio: Audio, audio_lengths: Lengths, max_exit: int | None = None
+    ) -> ExitResult:
+        """Transcribes a batch.
+
+        Args:
+            audio: `[b t]`, float32 in [-1, 1], 16 kHz.
+            audio_lengths: `[b]`, valid samples.
+            max_exit: the deepest exit allowed, counted from 1, from `exit_for_budget`; None: the last.
+
+        Raises:
+            InputError: max_exit is not an exit, or the batch is too short for a frame.
+        """
+        last = _checked_exit(max_exit, self.num_exits)
+        progress = self._embed(self._state, audio, audio_lengths)
+        b = len(progress.x)
+        rows = np.arange(b)  # the utterance in each row; -1: filler, or one that has left
+        finished: list[tuple[int, np.ndarray, Array, Array]] = []
+        lengths = None
+        for exit in range(1, last + 1):
+            graphdef, state = self._segments[exit - 1]
+            progress, decision = _run_segment(
+                graphdef,
+                self.policy.rule,
+                self.policy.n_best,
+                state,
+                self.policy.threshold,
+                progress,
+            )
+            leaves = np.ones(len(rows), bool) if exit == last else np.asarray(decision.leaves)
+            finished.append((exit, np.where(leaves, rows, -1), progress.tokens, decision.score))
+            rows = np.where(leaves, -1, rows)
+            survivors = np.flatnonzero(rows >= 0)
+            if not len(survivors):
+                break
+            if lengths is None:  # read once, when the device has got here in any case
+                lengths = np.asarray(progress.lengths)
+            rows, progress = _regroup(rows, survivors, lengths, progress)
+        return _collect(finished, b)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_segment(graphdef, rule, n_best, state, threshold, progress):
+    block, head = nnx.merge(graphdef, state)
+    return _segment(block, head, rule, n_best, threshold, progress)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _gather(progress: _Progress, index: Int[Array, "k"], frames: int, real: Bool[Array, "k"]):
+    x, lengths, tokens, agreeing = (jnp.take(leaf, index, axis=0) for leaf in progress)
+    return _Progress(x[:, :frames], jnp.where(real, lengths, 0), tokens[:, :frames], agreeing)
+
+
+def _regroup(
+    rows: np.ndarray, survivors: np.ndarray, lengths: np.ndarray, progress: _Progress
+) -> tuple[np.ndarray, _Progress]:
+    """The survivors in the next bucket; the same batch where that is no smaller."""
+    b, n = progress.x.shape[:2]
+    size = min(b, 1 << (len(survivors) - 1).bit_length())
+    longest = int(lengths[rows[survivors]].max())
+    frames = min(n, max(1, -(-longest // FRAME_MULTIPLE)) * FRAME_MULTIPLE)
+    if (size, frames) == (b, n):
+        return rows, progress
+    index = np.resize(survivors, size)
+    real = np.arange(size) < len(survivors)
+    return np.where(real, rows[index], -1), _gather(progress, index, frames, real)
+
+
+def _collect(finished, b: int) -> ExitResult:
+    tokens: list[np.ndarray] = [np.zeros(0, np.int32)] * b
+    exits, scores = np.zeros(b, np.int32), np.zeros(b, np.float32)
+    for exit, rows, exit_tokens, exit_scores in finished:
+        left = np.flatnonzero(rows >= 0)
+        if not len(left):
+            continue
+        exit_tokens, exit_scores = np.asarray(exit_tokens), np.asarray(exit_scores)
+        for row in left:
+            utterance = rows[row]
+            tokens[utterance] = exit_tokens[row][exit_tokens[row] != BLANK]
+            exits[utterance], scores[utterance] = exit, exit_scores[row]
+    return ExitResult(tokens, exits, scores)
+
+
+class SingleProgramEarlyExit:
+    """The whole of it as one program for batch 1: `lax.while_loop` around a `lax.switch` over the segments.
+
+    Nothing is read back between segments, and the program can be exported; threshold and deepest exit are inputs.
+
+    Args:
+        model: with exits; its variables are those of now.
+        policy: when to leave.
+    """
+
+    def __init__(self, model: ExitModel, policy: ExitPolicy):
+        self.policy = policy
+        self.num_exits = len(model.blocks)
+        graphdef, self._state = nnx.split(model)
+
+        @jax.jit
+        def run(state, threshold, max_exit, audio, audio_lengths):
+            return _run_loop(
+                nnx.merge(graphdef, state), policy, threshold, max_exit, audio, audio_lengths
+            )
+
+        self._run = run
+
+    def __call__(
+        self, audio: Audio, audio_lengths: Lengths, max_exit: int | None = None
+    ) -> ExitResult:
+        """Transcribes one utterance; arguments and result as of `EarlyExit`.
+
+        Raises:
+            InputError: the batch is not 1, max_exit is not an exit, or the audio is too short for a frame.
+        """
+        last = _checked_exit(max_exit, self.num_exits)
+        if len(audio) != 1:
+            raise InputError(
+                f"a batch of {len(audio)}: the single program takes 1 utterance; use EarlyExit for batches"
+            )
+        exit, tokens, score = self._run(
+            self._state, self.policy.threshold, last, audio, audio_lengths
+        )
+        tokens = np.asarray(tokens[0])
+        return ExitResult([tokens[tokens != BLANK]], np.asarray(exit)[None], np.asarray(score))
+
+
+def _run_loop(model: ExitModel, policy: ExitPolicy, threshold, max_exit, audio, audio_lengths):
+    segments = [
+        functools.partial(_segment, block, head, policy.rule, policy.n_best, threshold)
+        for block, head in zip(model.blocks, model.heads, strict=True)
+    ]
+
+    def goes_on(carry):
+        exit, _, decision = carry
+        return (exit < max_exit) & ~decision.leaves[0]
+
+    def next_segment(carry):
+        exit, progress, _ = carry
+        progress, decision = jax.lax.switch(exit, segments, progress)
+        return exit + 1, progress, decision
+
+    nothing = _Decision(jnp.zeros(1), jnp.zeros(1, bool))
+    start = (jnp.int32(0), _start(model, audio, audio_lengths), nothing)
+    exit, progress, decision = jax.lax.while_loop(goes_on, next_segment, start)
+    return exit, progress.tokens, decision.score
+
+
+def _checked_exit(max_exit: int | None, num_exits: int) -> int:
+    if max_exit is None:
+        return num_exits
+    if not 1 <= max_exit <= num_exits:
+        raise InputError(f"max_exit is {max_exit}: choose 1 to {num_exits}")
+    return max_exit

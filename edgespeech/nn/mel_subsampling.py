@@ -1,0 +1,133 @@
+"""From audio to frames of 40 ms: mel features and two convolutions of stride 2 (early-exit ASR, arXiv 2309.09546)."""
+
+import functools
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from edgespeech.errors import InputError
+from edgespeech.nn.front_end import SUBSAMPLING_KERNEL, SUBSAMPLING_STRIDE
+from edgespeech.ops.conv import conv1d, conv_length
+from edgespeech.ops.features import (
+    HOP,
+    WINDOW,
+    SpecAugmentConfig,
+    log_mel,
+    normalize_features,
+    spec_augment,
+)
+from edgespeech.ops.mask import mask_from_lengths, zero_padding
+from edgespeech.types import SAMPLE_RATE, Array, Audio, Float, Frames, Lengths
+
+FeatureKind = Literal["paper", "fixed"]
+
+POWER_MEL_WINDOW = 320  # samples: 20 ms
+POWER_MEL_FFT = 1024  # points
+NUM_CONVOLUTIONS = 2
+
+
+@functools.cache
+def power_mel_filters(num_mels: int) -> np.ndarray:
+    """Triangles `[513 num_mels]` of height 1 between 0 and 8000 Hz, equally spaced on the HTK mel scale.
+
+    `mel(f) = 2595 log10(1 + f/700)`: the filters of torchaudio's default `MelScale`, which upstream uses.
+    """
+    top = 2595.0 * np.log10(1.0 + SAMPLE_RATE / 2 / 700.0)
+    edges = 700.0 * (10.0 ** (np.linspace(0.0, top, num_mels + 2) / 2595.0) - 1.0)
+    hz = np.linspace(0.0, SAMPLE_RATE / 2, POWER_MEL_FFT // 2 + 1)
+    rising = (hz[:, None] - edges[None, :-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[None, 2:] - hz[:, None]) / (edges[2:] - edges[1:-1])
+    return np.maximum(0.0, np.minimum(rising, falling)).astype(np.float32)
+
+
+def power_mel(audio: Audio, lengths: Lengths, num_mels: int) -> Float[Array, "b f m"]:
+    """`|STFT|^2 M`: Hann window of 20 ms around every 10 ms, 1024-point DFT, `f = 1 + t // 160`.
+
+    The released code of arXiv 2309.09546: neither logarithm nor normalisation. The audio is mirrored at its ends;
+    ours mirrors each utterance at its own end, so that it is the same alone and in a padded batch.
+
+    Args:
+        audio: `[b t]`, in [-1, 1], 16 kHz.
+        lengths: `[b]`, valid samples.
+        num_mels: mel bins m.
+    """
+    half = POWER_MEL_WINDOW // 2
+    centres = np.arange(1 + audio.shape[1] // HOP) * HOP
+    index = np.abs(centres[:, None] + np.arange(-half, half)[None, :]).reshape(1, -1)
+    last = lengths[:, None] - 1
+    index = jnp.where(index > last, 2 * last - index, index)
+    # Shorter than a window, an utterance has no second mirror; it gives no encoder frame either.
+    index = jnp.clip(index, 0, audio.shape[1] - 1)
+    frames = jnp.take_along_axis(audio.astype(jnp.float32), index, axis=1)
+    frames = frames.reshape(len(audio), -1, POWER_MEL_WINDOW)
+    window = np.hanning(POWER_MEL_WINDOW + 1)[:-1].astype(np.float32)
+    # Where in the 1024 points the window lies changes the phase alone.
+    spectrum = jnp.fft.rfft(frames * window, n=POWER_MEL_FFT)
+    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+    return power @ power_mel_filters(num_mels)
+
+
+class MelSubsampling(nnx.Module):
+    """Mel features, then two convolutions `y = K * x + b` of kernel 3 and stride 2, without activation.
+
+    Attributes:
+        features: `paper`: `power_mel`, as released. `fixed` (ours): log-mel features, each bin brought to zero mean
+            and unit variance over the utterance, SpecAugment in training.
+        kernels, biases: `[3 num_mels d]`, `[3 d d]` and `[d]` each.
+
+    Raises:
+        InputError: features is neither.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        num_mels: int,
+        features: FeatureKind,
+        augment: SpecAugmentConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        if features not in get_args(FeatureKind):
+            raise InputError(
+                f"front_end is {features!r}: choose {' or '.join(get_args(FeatureKind))}"
+            )
+        init = nnx.initializers.xavier_uniform()
+        self.features = features
+        self.num_mels = num_mels
+        self.augment = augment
+        self.kernels = nnx.List(
+            nnx.Param(init(rngs.params(), (SUBSAMPLING_KERNEL, width, d)))
+            for width in (num_mels, d)
+        )
+        self.biases = nnx.List(nnx.Param(jnp.zeros(d)) for _ in range(NUM_CONVOLUTIONS))
+
+    @staticmethod
+    def num_frames(num_samples: int, features: FeatureKind) -> int:
+        """Frames of 40 ms of an utterance of so many samples."""
+        frames = 1 + num_samples // HOP
+        if features == "fixed":
+            frames = conv_length(num_samples, WINDOW, HOP)
+        for _ in range(NUM_CONVOLUTIONS):
+            frames = conv_length(frames, SUBSAMPLING_KERNEL, SUBSAMPLING_STRIDE)
+        return frames
+
+    def __call__(
+        self, audio: Audio, lengths: Lengths, key: Array | None = None
+    ) -> tuple[Frames, Lengths]:
+        """`[b t], [b] -> [b n d], [b]`; a key means SpecAugment, in `fixed` alone."""
+        audio = jnp.where(mask_from_lengths(lengths, audio.shape[1]), audio, 0.0)
+        if self.features == "paper":
+            x = power_mel(audio, lengths, self.num_mels)
+            lengths = 1 + lengths // HOP
+        else:
+            lengths = conv_length(lengths, WINDOW, HOP)
+            x = normalize_features(log_mel(audio, self.num_mels), lengths)
+            if key is not None:
+                x = spec_augment(x, lengths, self.augment, key)
+        for kernel, bias in zip(self.kernels, self.biases, strict=True):
+            x = conv1d(x, kernel[...], SUBSAMPLING_STRIDE) + bias[...]
+            lengths = conv_length(lengths, SUBSAMPLING_KERNEL, SUBSAMPLING_STRIDE)
+        return zero_padding(x, mask_from_lengths(lengths, x.shape[1])), lengths

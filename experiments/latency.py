@@ -1,0 +1,372 @@
+"""Time and memory of inference with attention, with LPA in some or all layers, and in other implementations.
+
+Command     python -m experiments.latency --model=wav2vec2_base --replaced=0,8,12 --seconds=10,30,60,120 --peers \\
+                --json=latency.json
+Hardware    2 CPU cores, 16 GB
+Time        to be filled after measuring
+Expect      to be filled after measuring
+
+Batch 1, float32, random weights, noise for audio. Everything is timed in one process, in turn: an idle machine and
+medians, not the smallest time, make the figures. `--json` holds all that is printed.
+"""
+
+import datetime
+import functools
+import importlib.metadata
+import json
+import math
+import tempfile
+import time
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from edgespeech.data.corpus import write_atomically
+from edgespeech.errors import InputError
+from edgespeech.evaluation.latency import (
+    OURS,
+    Call,
+    Load,
+    TimedModel,
+    TimedWav2Vec2,
+    interleave,
+    limit_threads,
+    load_model,
+    peak_memory_mb,
+    prepare_forward,
+    prepare_parts,
+    ratios,
+    real_time_factor,
+    sum_parts,
+)
+from edgespeech.evaluation.latency_peers import PACKAGES, PEERS, find_peers
+from edgespeech.evaluation.report import device, versions
+from edgespeech.models.wav2vec2 import Wav2Vec2Config
+from edgespeech.types import SAMPLE_RATE
+from experiments import program
+from experiments.flags import int_list
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(program)
+
+MODELS: dict[str, TimedModel] = {
+    "tiny": TimedWav2Vec2(Wav2Vec2Config.tiny()),
+    "small": TimedWav2Vec2(Wav2Vec2Config.small()),
+    "wav2vec2_base": TimedWav2Vec2(Wav2Vec2Config.base()),
+}
+
+flags.DEFINE_enum("model", "wav2vec2_base", sorted(MODELS), "What is timed.")
+flags.DEFINE_list(
+    "replaced",
+    ["0", "8", "12"],
+    "Numbers of layers with LPA in place of attention, in hard inference mode; 0 must be among them.",
+)
+flags.DEFINE_list(
+    "order", [], "Layers, from 1, in the order of replacement (default: from the first on)."
+)
+flags.DEFINE_list("seconds", ["10", "30", "60", "120"], "Lengths of the audio.")
+flags.DEFINE_bool(
+    "peers", False, f"Time other implementations too, where installed: {', '.join(PEERS)}."
+)
+flags.DEFINE_bool("parts", True, "Time the parts of the model too; the Amdahl bound needs them.")
+flags.DEFINE_integer(
+    "threads", None, "Cores for all implementations (default: all that the process may use)."
+)
+flags.DEFINE_integer("repeats", 5, "Timed rounds over all contenders, after one of warm-up.")
+flags.DEFINE_string("json", None, "File for the results.")
+
+
+def experiment() -> None:
+    """Check the flags, prepare everything, time it in turn, measure memory, report."""
+    timed = MODELS[FLAGS.model]
+    replaced = read_replaced(timed)
+    order = read_order(timed, replaced[-1])
+    seconds = read_seconds(timed)
+    if FLAGS.repeats < 1:
+        raise InputError(f"--repeats={FLAGS.repeats}: a median needs at least 1")
+    if FLAGS.json:
+        check_writable(Path(FLAGS.json))
+    threads = limit_threads(FLAGS.threads)
+    on_cpu = jax.default_backend() == "cpu"
+    if FLAGS.peers and not on_cpu:
+        raise InputError(
+            f"--peers run on the CPU and JAX on the {jax.default_backend()}: set JAX_PLATFORMS=cpu"
+        )
+
+    # ------------------------------------------------------------------ prepare
+    random = np.random.default_rng(0)
+    audio = {
+        s: random.normal(0.0, 0.1, (1, round(s * SAMPLE_RATE))).astype(np.float32) for s in seconds
+    }
+    # A contender is named (implementation, replaced, seconds).
+    calls: dict[tuple[str, int, float], Call] = {}
+    compile_s: dict[tuple[str, int, float], float] = {}
+    loads: dict[tuple[str, int], Load] = {}
+    part_calls: dict[Hashable, functools.partial] = {}
+    part_uses: dict[tuple[str, int, float], list[tuple[str, Hashable]]] = {}
+    for count in replaced:
+        say(f"{FLAGS.model}, {count} of {timed.num_layers} layers replaced: building, compiling")
+        layers = tuple(order[:count])
+        loads[OURS, count] = functools.partial(load_model, timed, layers)
+        model = timed.build(layers)
+        for s in seconds:
+            start = time.perf_counter()
+            calls[OURS, count, s] = prepare_forward(timed, model, audio[s])
+            compile_s[OURS, count, s] = time.perf_counter() - start
+            if FLAGS.parts:
+                part_uses[OURS, count, s] = prepare_parts(timed, model, audio[s], part_calls)
+    peers, notes = find_peers(timed.config, threads) if FLAGS.peers else ({}, [])
+    for name, load in peers.items():
+        say(f"{name}: loading")
+        loads[name, 0] = load
+        prepare = load()
+        calls |= {(name, 0, s): prepare(audio[s]) for s in seconds}
+
+    # ------------------------------------------------------------------ time
+    say(f"timing {len(calls)} models and {len(part_calls)} parts, {FLAGS.repeats} rounds")
+    timings = interleave({**calls, **part_calls}, FLAGS.repeats)
+
+    # ------------------------------------------------------------------ memory
+    rows = []
+    for implementation, count, s in sorted(calls, key=lambda name: name[2]):
+        name = implementation, count, s
+        peak = None
+        if on_cpu:
+            say(f"memory of {implementation}, {count} replaced, {s:g} s")
+            peak = peak_memory_mb(loads[implementation, count], audio[s])
+        rows.append(
+            {
+                "model": FLAGS.model,
+                "replaced": count,
+                "seconds": s,
+                "implementation": implementation,
+                "median_ms": timings[name].median_ms,
+                "spread_ms": timings[name].spread_ms,
+                "peak_mb": peak,
+                "parts_ms": sum_parts(part_uses.get(name, []), timings),
+                "compile_s": compile_s.get(name),
+            }
+        )
+    if not on_cpu:
+        notes.append("peak memory is absent: it is measured on the CPU alone")
+
+    # ------------------------------------------------------------------ report
+    result = {
+        "results": rows,
+        "ratios": ratios(rows, list(PEERS)),
+        "versions": versions() | {name: package_version(name) for name in PACKAGES},
+        "device": device(),
+        "threads": threads,
+        "date": datetime.date.today().isoformat(),
+        "command": program.command_line(),
+    }
+    print(render(result, notes))
+    if FLAGS.json:
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        write_atomically(Path(FLAGS.json), lambda file: file.write(text.encode()))
+
+
+def say(text: str) -> None:
+    """Prints unless --quiet."""
+    if not FLAGS.quiet:
+        print(text, flush=True)
+
+
+# ------------------------------------------------------------------------------------- flags
+
+
+def read_replaced(timed: TimedModel) -> tuple[int, ...]:
+    """--replaced, ascending.
+
+    Raises:
+        InputError: a number is out of range, or 0 is missing.
+    """
+    replaced = int_list("replaced", 0, timed.num_layers)
+    if 0 not in replaced:
+        raise InputError(
+            f"--replaced={','.join(FLAGS.replaced)} lacks 0, the model that the others are compared with: add it"
+        )
+    return replaced
+
+
+def read_order(timed: TimedModel, count: int) -> list[int]:
+    """--order as layers from 0.
+
+    Raises:
+        InputError: a layer that the model lacks or that comes twice, or fewer layers than are replaced.
+    """
+    layers = int_list("order", 1, timed.num_layers)
+    if not FLAGS.order:
+        return list(range(timed.num_layers))
+    if len(layers) < len(FLAGS.order):
+        raise InputError(f"--order={','.join(FLAGS.order)} names a layer twice: name each once")
+    if len(layers) < count:
+        raise InputError(
+            f"--order names {len(layers)} layers and --replaced asks for {count}: name at least as many"
+        )
+    return [int(layer) - 1 for layer in FLAGS.order]
+
+
+def read_seconds(timed: TimedModel) -> list[float]:
+    """--seconds, ascending.
+
+    Raises:
+        InputError: none, not a number, or too short for one frame.
+    """
+    shortest = 1
+    while timed.num_frames(shortest) < 1:
+        shortest += 1
+    seconds = set()
+    for text in FLAGS.seconds:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise InputError(f"--seconds holds {text!r}: give numbers parted by commas")
+        if value * SAMPLE_RATE < shortest:
+            raise InputError(
+                f"--seconds holds {text}: one frame of {FLAGS.model} takes {shortest / SAMPLE_RATE:g} s or more"
+            )
+        seconds.add(value)
+    if not seconds:
+        raise InputError("--seconds is empty: give at least one length")
+    return sorted(seconds)
+
+
+def check_writable(path: Path) -> None:
+    """Finds out before the measurement whether the results can be stored.
+
+    Raises:
+        InputError: they cannot.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--json={path} cannot be written ({error.strerror}): name another file"
+        ) from error
+
+
+def package_version(name: str) -> str:
+    """Version of a peer's package."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# ------------------------------------------------------------------------------------ tables
+
+
+def render(result: dict, notes: Sequence[str]) -> str:
+    """The tables for the terminal."""
+    rows, found, machine = result["results"], result["ratios"], result["device"]
+    peers = [name for name in PEERS if found[f"vs_{name}"]]
+    blocks = [
+        f"Latency of {FLAGS.model}: batch 1, float32, {result['threads']} threads, {machine['cpu']}, "
+        f"jax {result['versions']['jax']}, {result['date']}",
+        table(
+            "Time and memory (median of the rounds, IQR = interquartile range, RTF = time / duration)",
+            ["implementation", "replaced", "seconds", "median ms", "IQR ms", "RTF", "peak MB"],
+            [
+                [
+                    *(row["implementation"], row["replaced"], f"{row['seconds']:g}"),
+                    *(f"{row['median_ms']:.1f}", f"{row['spread_ms']:.1f}"),
+                    f"{real_time_factor(row['median_ms'], row['seconds']):.4f}",
+                    "n/a" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
+                ]
+                for row in rows
+            ],
+        ),
+        per_second_table(rows),
+        *([parts_table(rows)] if FLAGS.parts else []),
+        table(
+            f"Like for like: {OURS} with 0 layers replaced over {OURS} with N, and the Amdahl bound from the parts",
+            ["replaced", "seconds", "times faster", "bound", "share of the bound"],
+            [
+                [count, s, f"{ratio:.2f}", *bound_cells(ratio, found["amdahl_bound"], s, count)]
+                for s, by_count in found["like_for_like"].items()
+                for count, ratio in by_count.items()
+            ],
+        ),
+        table(
+            f"Against other implementations, whose framework and kernels differ: theirs over {OURS}",
+            ["replaced", "seconds", *peers],
+            [
+                [count, s, *(f"{found[f'vs_{name}'][s][count]:.2f}" for name in peers)]
+                for s in (found[f"vs_{peers[0]}"] if peers else ())
+                for count in found[f"vs_{peers[0]}"][s]
+            ],
+        ),
+        *(f"note: {note}" for note in notes),
+    ]
+    return "\n\n".join(blocks)
+
+
+def bound_cells(ratio: float, bounds: dict, seconds: str, count: str) -> list[str]:
+    """The bound and the share of it that a ratio reaches."""
+    if not bounds:
+        return ["n/a", "n/a"]
+    bound = bounds[seconds][count]
+    return [f"{bound:.2f}", f"{ratio / bound:.1%}"]
+
+
+def per_second_table(rows: Sequence[dict]) -> str:
+    """A model that is linear in the length has the same number in every column."""
+    lengths = sorted({row["seconds"] for row in rows})
+    per_second = {
+        (row["implementation"], row["replaced"], row["seconds"]): row["median_ms"] / row["seconds"]
+        for row in rows
+    }
+    return table(
+        "Milliseconds per second of audio, by length",
+        ["implementation", "replaced", *(f"{s:g} s" for s in lengths)],
+        [
+            [*model, *(f"{per_second[(*model, s)]:.2f}" for s in lengths)]
+            for model in dict.fromkeys(name[:2] for name in per_second)
+        ],
+    )
+
+
+def parts_table(rows: Sequence[dict]) -> str:
+    """Milliseconds per part, and how much of the whole model's time the parts explain."""
+    ours = [row for row in rows if row["implementation"] == OURS]
+    parts = list(ours[0]["parts_ms"])
+    return table(
+        f"Parts of {OURS} in ms, each compiled and timed on its own",
+        ["replaced", "seconds", *parts, "sum / whole"],
+        [
+            [
+                *(row["replaced"], f"{row['seconds']:g}"),
+                *(f"{row['parts_ms'][part]:.1f}" for part in parts),
+                f"{sum(row['parts_ms'].values()) / row['median_ms']:.1%}",
+            ]
+            for row in ours
+        ],
+    )
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A title and columns aligned to the right."""
+    if not rows:
+        return f"{title}: none"
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    )
+    return "\n".join([title, *lines])
+
+
+if __name__ == "__main__":
+    program.main(experiment)

@@ -1,0 +1,1 @@
+"""The same programs on other machines, and what has to be checked on them."""

@@ -1,0 +1,146 @@
+"""Segments, regrouping and the single program against a pass through the whole model."""
+
+import functools
+from typing import get_args
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from edgespeech.errors import InputError
+from edgespeech.inference import early_exit
+from edgespeech.inference.early_exit import EarlyExit, SingleProgramEarlyExit
+from edgespeech.inference.exit_criteria import ExitRule, all_exit_scores
+from edgespeech.inference.exit_policy import ExitPolicy, chosen_exits, exit_for_budget
+from edgespeech.models.exit_macs import exit_macs
+from tests.support.tiny_exits import exit_audio, exit_model
+
+# 5, 40, 4, 1, 20 frames and none behind the front end.
+SAMPLES = (3520, 25_920, 2880, 960, 13_120, 100)
+N_BEST = 3
+
+
+@functools.cache
+def model():
+    return exit_model(scale=0.5)
+
+
+@functools.cache
+def traces():
+    """Scores `[e b]` and transcripts of every exit by rule, from the model's own call."""
+
+    @jax.jit
+    def run(state, audio, lengths):
+        out = nnx.merge(graphdef, state)(audio, lengths)
+        passed = out.embedded, out.hidden, out.exit_logits, out.lengths
+        return {rule: all_exit_scores(rule, *passed, N_BEST) for rule in get_args(ExitRule)}
+
+    graphdef, state = nnx.split(model())
+    return jax.device_get(run(state, *exit_audio(SAMPLES)))
+
+
+def between(values):
+    """A threshold in the widest gap of the middle half of some scores: rounding moves nothing across it."""
+    values = np.sort(np.unique(np.round(values, 4)))
+    middle = values[len(values) // 4 : -(len(values) // 4) or None]
+    gap = np.argmax(np.diff(middle))
+    return float(middle[gap : gap + 2].mean())
+
+
+def assert_result(result, rule, threshold, rows, last=3):
+    scores, tokens = traces()[rule]
+    exits = np.minimum(chosen_exits(rule, threshold, scores[:last]), last - 1)
+    np.testing.assert_array_equal(result.exits, exits[rows] + 1)
+    for got, score, row in zip(result.tokens, result.scores, rows, strict=True):
+        want = tokens[exits[row], row]
+        np.testing.assert_array_equal(got, want[want != 0])
+        assert score == pytest.approx(scores[exits[row], row], abs=1e-4)
+
+
+@pytest.mark.parametrize("rule", get_args(ExitRule))
+def test_batch_takes_the_exits_of_the_whole_pass(rule):
+    scores, _ = traces()[rule]
+    threshold = 2.0 if rule == "patience" else between(scores[:2])
+    policy = ExitPolicy(rule, threshold, N_BEST)
+    result = EarlyExit(model(), policy)(*exit_audio(SAMPLES))
+    assert_result(result, rule, threshold, range(len(SAMPLES)))
+    assert len(set(result.exits.tolist())) > 1
+
+
+@pytest.mark.parametrize("program", [EarlyExit, SingleProgramEarlyExit])
+def test_alone_is_as_in_the_batch(program):
+    threshold = between(traces()["entropy"][0][:2])
+    run = program(model(), ExitPolicy("entropy", threshold))
+    audio, lengths = exit_audio(SAMPLES)
+    for row in (0, 1, 3):
+        t = lengths[row]
+        result = run(audio[row : row + 1, :t], lengths[row : row + 1])
+        assert_result(result, "entropy", threshold, [row])
+
+
+def test_extremes_and_the_deepest_exit_allowed():
+    audio, lengths = exit_audio(SAMPLES)
+    for threshold, want in ((np.inf, 1), (-np.inf, 3)):
+        run = EarlyExit(model(), ExitPolicy("entropy", threshold))
+        assert run(audio, lengths).exits.tolist() == [want] * len(SAMPLES)
+        single = SingleProgramEarlyExit(model(), ExitPolicy("entropy", threshold))
+        assert single(audio[:1], lengths[:1]).exits.tolist() == [want]
+        if want == 3:
+            result = run(audio, lengths, max_exit=2)
+            assert_result(result, "entropy", -np.inf, range(len(SAMPLES)), last=2)
+            assert single(audio[:1], lengths[:1], max_exit=2).exits.tolist() == [2]
+
+
+def test_budget_in_fractions_of_compute():
+    costs = np.array(exit_macs(model().config, 16_000), float)
+    run = EarlyExit(model(), ExitPolicy("entropy", -np.inf))
+    deepest = exit_for_budget(costs / costs[-1], 0.8)
+    assert deepest == 2
+    assert set(run(*exit_audio(SAMPLES), max_exit=deepest).exits) == {2}
+
+
+def test_survivors_are_regrouped(monkeypatch):
+    shapes = []
+
+    def spy(graphdef, rule, n_best, state, threshold, progress):
+        shapes.append(progress.x.shape[:2])
+        return segment(graphdef, rule, n_best, state, threshold, progress)
+
+    segment = early_exit._run_segment
+    monkeypatch.setattr(early_exit, "_run_segment", spy)
+    # Three of the four leave at the first exit; the one that goes on has 5 frames of 40.
+    audio, lengths = exit_audio(SAMPLES)
+    scores, _ = traces()["entropy"]
+    rows = np.array([0, 1, 3, 4])
+    assert scores[0, 0] > 0
+    threshold = np.sort(scores[0, rows])[-1] - 1e-3
+    strict = int(rows[np.argmax(scores[0, rows])])
+    EarlyExit(model(), ExitPolicy("entropy", float(threshold)))(audio[rows], lengths[rows])
+    frames = model().config.num_frames(SAMPLES[strict])
+    assert shapes[0] == (4, 40)
+    assert shapes[1] == (1, 32 if frames <= 32 else 40)
+    shapes.clear()
+    EarlyExit(model(), ExitPolicy("entropy", np.inf))(audio[rows], lengths[rows])
+    assert shapes == [(4, 40)]
+
+
+def test_equal_segments_share_a_compilation():
+    plain = exit_model(branches="none")
+    run = EarlyExit(plain, ExitPolicy("entropy", -np.inf))
+    before = early_exit._run_segment._cache_size()
+    run(*exit_audio((3520, 2880)))
+    assert early_exit._run_segment._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("max_exit", [0, 4])
+def test_exits_that_are_not_there(max_exit):
+    run = EarlyExit(model(), ExitPolicy("entropy", 0.0))
+    with pytest.raises(InputError, match=f"max_exit is {max_exit}: choose 1 to 3"):
+        run(*exit_audio((3520,)), max_exit=max_exit)
+
+
+def test_single_program_takes_one_utterance():
+    run = SingleProgramEarlyExit(model(), ExitPolicy("entropy", 0.0))
+    with pytest.raises(InputError, match="a batch of 2"):
+        run(*exit_audio((3520, 2880)))

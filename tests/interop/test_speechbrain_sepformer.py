@@ -1,0 +1,228 @@
+"""SpeechBrain's SepFormer with the same weights: masks, estimates, loss and gradients agree."""
+
+import dataclasses
+import re
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from edgespeech.errors import InputError
+from edgespeech.interop.speechbrain_sepformer import load_speechbrain_sepformer, speechbrain_names
+from edgespeech.interop.tensors import named_params
+from edgespeech.models.sepformer import SepFormer, SepFormerConfig
+from edgespeech.ops.sisnr import si_snr_loss
+
+torch = pytest.importorskip("torch")
+
+SMALL = SepFormerConfig(
+    width=16,
+    kernel_size=8,
+    chunk_length=6,
+    num_intra_layers=2,
+    num_inter_layers=1,
+    num_heads=2,
+    ffn_width=24,
+)
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """SpeechBrain's modules. It imports torchaudio, for files alone: where that fails, an empty module stands in."""
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            import torchaudio  # noqa: F401
+        except (ImportError, OSError):
+            stand_in = types.ModuleType("torchaudio")
+            stand_in.__version__ = "2.11.0"
+            patch.setitem(sys.modules, "torchaudio", stand_in)
+        pytest.importorskip("speechbrain", exc_type=ImportError)
+        from speechbrain.lobes.models.dual_path import SepformerWrapper
+        from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
+    return SepformerWrapper, get_si_snr_with_pitwrapper
+
+
+def make_theirs(wrapper, config):
+    torch.manual_seed(0)
+    model = wrapper(
+        encoder_kernel_size=config.kernel_size,
+        encoder_out_nchannels=config.width,
+        masknet_chunksize=config.chunk_length,
+        masknet_numlayers=config.num_blocks,
+        masknet_numspks=config.num_speakers,
+        intra_numlayers=config.num_intra_layers,
+        inter_numlayers=config.num_inter_layers,
+        intra_nhead=config.num_heads,
+        inter_nhead=config.num_heads,
+        intra_dffn=config.ffn_width,
+        inter_dffn=config.ffn_width,
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # no scale stays 1, no bias 0
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def save(model, folder):
+    for name in ("encoder", "masknet", "decoder"):
+        torch.save(getattr(model, name).state_dict(), folder / f"{name}.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize("speakers", [1, 2])
+def test_masks_estimates_loss_and_gradients(peer, tmp_path, speakers):
+    wrapper, their_loss = peer
+    config = dataclasses.replace(SMALL, num_speakers=speakers)
+    theirs = make_theirs(wrapper, config)
+    ours = load_speechbrain_sepformer(save(theirs, tmp_path), config)
+    rng, t = np.random.default_rng(1), 8 + 4 * 29
+    targets = np.float32(rng.normal(size=(2, speakers, t)))
+    mix = targets.sum(1) + np.float32(0.5 * rng.normal(size=(2, t)))
+
+    given = torch.tensor(mix)
+    masks = theirs.masknet(theirs.encoder(given)).detach().numpy()  # [spk b d n]
+    estimates = theirs(given)  # [b t spk]
+    # The loss writes into its inputs.
+    loss = their_loss(torch.tensor(targets).transpose(1, 2).clone(), estimates.clone()).mean()
+    loss.backward()
+
+    ours.mask_network.scan_layers = True
+    graphdef, params = nnx.split(ours)
+    lengths = jnp.full(2, t)
+
+    def objective(params):
+        out = nnx.merge(graphdef, params)(mix, lengths)
+        return si_snr_loss(out.estimates, targets, lengths, threshold=-1000.0), out
+
+    (value, out), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+    np.testing.assert_allclose(out.masks, masks.transpose(1, 0, 3, 2), atol=1e-4)
+    got = np.asarray(out.estimates).swapaxes(1, 2)
+    np.testing.assert_allclose(got, estimates.detach().numpy(), atol=1e-4)
+    assert np.abs(got).max() > 0.1
+    assert value == pytest.approx(loss.item(), abs=1e-4)
+    wanted = _their_gradients(theirs)
+    table = speechbrain_names(config)
+    for path, leaf in nnx.to_flat_state(gradient):
+        name = ".".join(map(str, path))
+        want = wanted.pop(table[name])
+        np.testing.assert_allclose(
+            np.asarray(leaf[...]).T, want, atol=1e-4 * max(1.0, np.abs(want).max()), err_msg=name
+        )
+    assert not wanted
+
+
+def _their_gradients(model):
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.numpy()
+        if name.startswith("masknet.") and gradient.ndim > 2:
+            gradient = gradient.reshape(gradient.shape[:2])
+        if "att.in_proj_" in name:
+            for part, value in zip("qkv", np.split(gradient, 3), strict=True):
+                gradients[name.replace("in_proj_", f"{part}_proj.")] = value
+        else:
+            gradients[name] = gradient
+    return gradients
+
+
+def test_loss_drops_what_is_better_than_the_threshold(peer):
+    _, their_loss = peer
+    rng = np.random.default_rng(2)
+    targets = np.float32(rng.normal(size=(3, 1, 50)))
+    noise = np.float32(rng.normal(size=(3, 1, 50))) * np.float32([1.0, 0.3, 0.001])[:, None, None]
+    losses = their_loss(
+        torch.tensor(targets).transpose(1, 2).clone(),
+        torch.tensor(targets + noise).transpose(1, 2).clone(),
+    )
+    kept = losses[losses > -30]
+    assert len(kept) == 2
+    got = si_snr_loss(targets + noise, targets, jnp.full(3, 50))
+    assert got == pytest.approx(kept.mean().item(), abs=1e-4)
+
+
+def test_other_lengths_equal_theirs_on_the_completed_audio(peer, tmp_path):
+    wrapper, _ = peer
+    theirs = make_theirs(wrapper, SMALL)
+    ours = load_speechbrain_sepformer(save(theirs, tmp_path), SMALL)
+    ours.mask_network.scan_layers = True
+    more = 3
+    t = 8 + 4 * 20 + more
+    mix = np.float32(np.random.default_rng(3).normal(size=(1, t)))
+    completed = np.pad(mix, ((0, 0), (0, 4 - more)))
+    with torch.no_grad():
+        want = theirs(torch.tensor(completed)).numpy()[:, :t, 0]
+        silent = theirs(torch.tensor(mix)).numpy()[0, t - more :, 0]
+    got = np.asarray(nnx.jit(lambda model: model(mix, np.array([t])).estimates[:, 0])(ours))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    np.testing.assert_array_equal(silent, 0.0)  # the named difference
+    assert np.abs(got[0, t - more :]).max() > 1e-3
+
+
+# ------------------------------------------------------------------------------ without the peer
+
+
+def synthetic_folder(folder):
+    """A folder of the published layout with random weights, made from names and shapes alone."""
+    template = nnx.eval_shape(lambda: SepFormer(SMALL, rngs=nnx.Rngs(0)))
+    rng, files = np.random.default_rng(4), {"encoder": {}, "masknet": {}, "decoder": {}}
+    fused: dict[str, dict] = {}
+    for name, param in named_params(template).items():
+        file, key = speechbrain_names(SMALL)[name].split(".", 1)
+        tensor = torch.tensor(np.float32(rng.normal(size=param.shape[::-1])))
+        if projection := re.fullmatch(r"(.*att)\.([qkv])_proj\.(weight|bias)", key):
+            stem, part, kind = projection.groups()
+            fused.setdefault(f"{stem}.in_proj_{kind}", {})[part] = tensor
+        else:
+            files[file][key] = tensor
+    for key, parts in fused.items():
+        files["masknet"][key] = torch.cat([parts[part] for part in "qkv"])
+    files["masknet"]["dual_mdl.0.intra_mdl.pos_enc.pe"] = torch.zeros(1, 2500, SMALL.width)
+    for name, state in files.items():
+        torch.save(state, folder / f"{name}.ckpt")
+    return files
+
+
+def test_layout_of_the_published_files(tmp_path):
+    files = synthetic_folder(tmp_path)
+    model = load_speechbrain_sepformer(tmp_path, SMALL)
+    layer = model.mask_network.blocks[1].intra.layers[1]
+    weight = files["masknet"]["dual_mdl.1.intra_mdl.mdl.layers.1.self_att.att.in_proj_weight"]
+    np.testing.assert_array_equal(layer.mixer.k_proj.kernel[...], weight[16:32].T)
+    bias = files["masknet"]["dual_mdl.1.intra_mdl.mdl.layers.1.self_att.att.in_proj_bias"]
+    np.testing.assert_array_equal(layer.mixer.v_proj.bias[...], bias[32:])
+    np.testing.assert_array_equal(model.decoder[:, 0], files["decoder"]["weight"][:, 0].T)
+    np.testing.assert_array_equal(
+        model.mask_network.blocks[0].inter_norm.scale[...],
+        files["masknet"]["dual_mdl.0.inter_norm.weight"],
+    )
+
+
+def test_a_folder_of_another_model_is_refused(tmp_path):
+    synthetic_folder(tmp_path)
+    with pytest.raises(InputError, match=r"dual_mdl.1.inter.*is not part of the model"):
+        load_speechbrain_sepformer(tmp_path, dataclasses.replace(SMALL, num_blocks=1))
+    with pytest.raises(
+        InputError, match=r"conv2d.weight has shape \[16, 16\] instead of \[32, 16\]"
+    ):
+        load_speechbrain_sepformer(tmp_path, dataclasses.replace(SMALL, num_speakers=2))
+
+
+def test_damaged_or_missing_files_are_named(tmp_path):
+    synthetic_folder(tmp_path)
+    (tmp_path / "decoder.ckpt").write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match=r"decoder.ckpt is not a file of tensors"):
+        load_speechbrain_sepformer(tmp_path, SMALL)
+    (tmp_path / "decoder.ckpt").unlink()
+    with pytest.raises(InputError, match=r"decoder.ckpt is missing"):
+        load_speechbrain_sepformer(tmp_path, SMALL)
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    synthetic_folder(tmp_path)
+    torch.save({"weight": print}, tmp_path / "decoder.ckpt")
+    with pytest.raises(InputError, match=r"decoder.ckpt is not a file of tensors alone"):
+        load_speechbrain_sepformer(tmp_path, SMALL)
