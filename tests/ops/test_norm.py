@@ -135,7 +135,7 @@ def test_bounds_of_the_theory():
 def test_pairwise_mean(n):
     x = RNG.normal(size=(2, n))
     np.testing.assert_allclose(mean(jnp.float32(x)), x.mean(-1, keepdims=True), atol=3e-7)
-    for value in (1e-7, 0.1, 333.0, 32752.0):
+    for value in (1e-7, 0.1, 333.0, 65504.0):
         same = jnp.full((1, n), value, jnp.float16)
         np.testing.assert_array_equal(mean(same), same[:, :1])
 
@@ -146,6 +146,13 @@ def test_a_constant_row_is_zero_and_a_single_element_too(eps):
         for n in (1, 144):
             out = normalize(jnp.full((1, n), value, jnp.float16), 2, eps)
             np.testing.assert_array_equal(out, 0.0)
+
+
+def test_two_largest_powers_that_meet_in_the_mean():
+    x = np.zeros((1, 510), np.float16)
+    x[0, [3, 258]] = 6e4, -6e4  # z = +-255, c = 1: 65025 twice
+    want = lp_normalize_reference(x)
+    np.testing.assert_allclose(np.float64(normalize(x)), want, atol=4e-3 * np.abs(want).max())
 
 
 def test_rows_do_not_meet():
