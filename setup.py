@@ -40,7 +40,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "tfds": ["tensorflow-cpu>=2.20"],
     "torch": ["torch>=2.10", "transformers>=5"],
-    "peers": ["torch>=2.10", "transformers>=5", "onnx>=1.18", "onnxruntime>=1.22"],
+    "peers": ["torch>=2.10", "transformers>=5", "onnx>=1.23,<2", "onnxruntime>=1.31,<2"],
     "moonshine": ["moonshine-cpp==0.1.4", "flatbuffers>=25"],  # pretrained weights, MIT
     "demo": ["gradio>=6"],
     "test": [

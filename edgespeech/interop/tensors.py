@@ -16,6 +16,34 @@ def named_params(model: nnx.Module) -> dict[str, nnx.Param]:
     return {".".join(map(str, path)): value for path, value in flat}
 
 
+def copy_but_head(model: nnx.Module, source: nnx.Module, name: str) -> None:
+    """Copies all parameters of `source` but those of its `head` into a model of the same sizes, in place.
+
+    The head belongs to a tokenizer, and the new model may have another.
+
+    Args:
+        model: takes the parameters.
+        source: gives them.
+        name: of the source, for the message.
+
+    Raises:
+        InputError: the two differ in more than the head; the message names the tensors.
+    """
+
+    def body(module: nnx.Module) -> dict[str, nnx.Param]:
+        return {n: p for n, p in named_params(module).items() if not n.startswith("head.")}
+
+    wanted, found = body(model), body(source)
+    require_tensors(
+        {n: param.shape for n, param in wanted.items()},
+        {n: np.asarray(param[...]) for n, param in found.items()},
+        misfit=f"{name} has an encoder of other sizes",
+        fix="choose its preset and its --model.* flags",
+    )
+    for n, param in wanted.items():
+        param[...] = found[n][...]
+
+
 def require_tensors(
     wanted: Mapping[str, tuple[int, ...]],
     found: Mapping[str, np.ndarray],

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from edgespeech.errors import InputError
-from edgespeech.nn.front_end import WAV2VEC2_STRIDES, LogMelFrontEnd, WaveformFrontEnd
+from edgespeech.nn.front_end import LogMelFrontEnd, WaveformFrontEnd
 from edgespeech.nn.transformer import ConvPositions, EncoderLayer, run_layers
-from edgespeech.ops.conv import conv1d
 from edgespeech.ops.dropout import dropout
 from edgespeech.ops.features import SpecAugmentConfig, time_spans
-from edgespeech.ops.mask import mask_from_lengths, masked_mean, zero_padding
-from edgespeech.types import Array, Audio, Bool, Frames, Lengths, Logits
+from edgespeech.ops.mask import mask_from_lengths, zero_padding
+from edgespeech.types import Array, Audio, Frames, Lengths, Logits
 
 Padding: TypeAlias = Literal["exact", "upstream"]
 
@@ -233,13 +232,11 @@ class Wav2Vec2(nnx.Module):
         if key is not None:
             keys = tuple(jax.random.split(key, len(keys)))
         augment_key, input_key, *layer_keys = keys
-        valid = mask_from_lengths(audio_lengths, audio.shape[1])
-        audio = jnp.where(valid, audio, 0.0)
+        audio = jnp.where(mask_from_lengths(audio_lengths, audio.shape[1]), audio, 0.0)
         frames = self.config.num_frames(audio_lengths)
         if self.config.padding == "upstream":
             assert isinstance(self.front_end, WaveformFrontEnd)  # the config has no other
-            x = _upstream_front_end(self.front_end, audio, valid)
-            lengths = jnp.full_like(frames, x.shape[1])  # of what the layers see
+            x, lengths = self.front_end(audio, audio_lengths, sees_padding=True)
         else:
             x, lengths = self.front_end(audio, audio_lengths, augment_key)
         if x.shape[1] == 0:
@@ -263,27 +260,6 @@ class Wav2Vec2(nnx.Module):
         if self.config.norm_first:
             hidden = self.norm(hidden)
         return self.head(hidden)
-
-
-def _upstream_front_end(
-    front_end: WaveformFrontEnd, audio: Audio, valid: Bool[Array, "b t"]
-) -> Frames:
-    """The waveform front end on a padded batch as PyTorch computes it, `[b t] -> [b n channels]`.
-
-    Each utterance is brought to zero mean and unit variance and padded with zeros. From there on the zeros are audio:
-    the statistics of the group norm are those of the whole row.
-    """
-    centred = jnp.where(valid, audio - masked_mean(audio, valid, axis=1), 0.0)
-    variance = masked_mean(jnp.square(centred), valid, axis=1)
-    x = (centred * jax.lax.rsqrt(variance + 1e-7))[..., None]
-    for i, (kernel, stride) in enumerate(zip(front_end.kernels, WAV2VEC2_STRIDES, strict=True)):
-        x = conv1d(x, kernel[...], stride)
-        if i == 0:
-            x = x - jnp.mean(x, axis=1, keepdims=True)
-            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=1, keepdims=True) + 1e-5)
-            x = x * front_end.norm_scale[...] + front_end.norm_bias[...]
-        x = jax.nn.gelu(x, approximate=False)
-    return x
 
 
 def count_parameters(module: nnx.Module) -> int:

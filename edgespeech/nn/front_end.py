@@ -65,13 +65,24 @@ class WaveformFrontEnd(nnx.Module):
         return num_samples
 
     def __call__(
-        self, audio: Audio, lengths: Lengths, key: Array | None = None
+        self,
+        audio: Audio,
+        lengths: Lengths,
+        key: Array | None = None,
+        *,
+        sees_padding: bool = False,
     ) -> tuple[Frames, Lengths]:
-        """`[b t], [b] -> [b n channels], [b]`. `key` is not used: this front end does not augment."""
+        """`[b t], [b] -> [b n channels], [b]`. `key` is not used: this front end does not augment.
+
+        With `sees_padding` the zeros after a standardised utterance count as audio, in the group norm and in the
+        lengths that are returned: PyTorch's wav2vec2-base without an attention mask.
+        """
         del key
         mask = mask_from_lengths(lengths, audio.shape[1])
         # Upstream's epsilon for the waveform: with the 1e-5 of the norms, audio below -50 dBFS comes out otherwise.
         x = jnp.where(mask, _standardize(jnp.where(mask, audio, 0.0), mask, 1e-7), 0.0)
+        if sees_padding:
+            lengths = jnp.full_like(lengths, x.shape[1])
         scale, bias = self._group_norm(
             x, conv_length(lengths, WAV2VEC2_KERNELS[0], WAV2VEC2_STRIDES[0])
         )

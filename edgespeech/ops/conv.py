@@ -21,8 +21,12 @@ def conv_length(length, kernel, stride):
 
     Works on Python integers and on integer arrays.
     """
-    out = (length - kernel) // stride + 1
-    return max(0, out) if isinstance(length, int) else jnp.maximum(0, out)
+    if isinstance(length, int):
+        return max(0, (length - kernel) // stride + 1)
+    # Of a number that is not negative, the truncating division: seven floor divisions in a row, each with its own
+    # selects, made the compiler take half a minute for a model of two layers.
+    windows = jnp.maximum(length - kernel + stride, 0)
+    return lax.div(windows, jnp.full_like(windows, stride))
 
 
 def conv1d(x: Frames, kernel: Float[Array, "k d e"], stride: int = 1, groups: int = 1) -> Frames:
