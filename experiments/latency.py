@@ -31,17 +31,19 @@ from edgespeech.evaluation.latency import (
     OURS,
     Call,
     Load,
-    TimedModel,
-    TimedWav2Vec2,
     interleave,
     limit_threads,
-    load_model,
     peak_memory_mb,
-    prepare_forward,
-    prepare_parts,
     ratios,
     real_time_factor,
     sum_parts,
+)
+from edgespeech.evaluation.latency_models import (
+    TimedModel,
+    TimedWav2Vec2,
+    load_model,
+    prepare_forward,
+    prepare_parts,
 )
 from edgespeech.evaluation.latency_peers import PACKAGES, PEERS, find_peers
 from edgespeech.evaluation.report import device, versions

@@ -16,19 +16,17 @@ from edgespeech.errors import InputError
 from edgespeech.evaluation import latency
 from edgespeech.evaluation.latency import (
     OURS,
-    TimedWav2Vec2,
     Timing,
     amdahl_bound,
     interleave,
     limit_threads,
     peak_memory_mb,
-    prepare_forward,
-    prepare_parts,
     ratios,
     real_time_factor,
     sum_parts,
     summarise,
 )
+from edgespeech.evaluation.latency_models import TimedWav2Vec2, prepare_forward, prepare_parts
 from edgespeech.evaluation.latency_peers import (
     PEERS,
     find_peers,

@@ -18,7 +18,7 @@ import json, sys
 from absl import flags
 from absl.testing import flagsaver
 from edgespeech.errors import InputError
-from edgespeech.evaluation.latency import TimedWav2Vec2
+from edgespeech.evaluation.latency_models import TimedWav2Vec2
 from experiments import latency, program
 
 def build(self, layers):
@@ -38,7 +38,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 # Runs the program on a waveform model that takes no time; its memory is measured elsewhere.
 SMALL_WAVEFORM = """
-from edgespeech.evaluation.latency import TimedWav2Vec2
+from edgespeech.evaluation.latency_models import TimedWav2Vec2
 from edgespeech.models.wav2vec2 import Wav2Vec2Config
 from experiments import latency, program
 
