@@ -26,7 +26,7 @@ lint: .venv/installed-test
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -206,12 +206,7 @@ def draw(workdir: Path, report: dict, hybrid: Any, task: Task, source: BatchSour
     note = f"{report['data']['kind']} data"
     sweep_bars(plots / "sweep.png", report["sweep"], note)
     wer_curve(plots / "wer.png", report["teacher"], report["hybrids"], report["controls"], note)
-    losses = {}
-    for path in sorted((workdir / "metrics").glob("*.jsonl")):
-        rows = read_metrics(path)
-        losses[path.stem] = ([row["step"] for row in rows], [row["loss"] for row in rows])
-    if losses:
-        loss_curves(plots / "losses.png", losses, note)
+    draw_losses(workdir, note)
 
     batch = next(source.eval_batches())
     row = int(np.argmax(batch.weights * batch.audio_lengths))
@@ -231,3 +226,13 @@ def draw(workdir: Path, report: dict, hybrid: Any, task: Task, source: BatchSour
                 hybrid.config.frame_seconds,
                 f"Hard pulses of layer {number}, head 1 ({note}): {text}",
             )
+
+
+def draw_losses(workdir: Path, note: str) -> None:
+    """Draws the losses of every stage that has metrics into `plots/losses.png`."""
+    losses = {}
+    for path in sorted((workdir / "metrics").glob("*.jsonl")):
+        rows = read_metrics(path)
+        losses[path.stem] = ([row["step"] for row in rows], [row["loss"] for row in rows])
+    if losses:
+        loss_curves(workdir / "plots" / "losses.png", losses, note)

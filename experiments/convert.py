@@ -3,7 +3,7 @@
 import dataclasses
 import datetime
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from absl import flags
 from flax import nnx
@@ -11,10 +11,8 @@ from flax import nnx
 from edgespeech.conversion.distil import DistilConfig
 from edgespeech.conversion.mixers import CONTROLS, DEFAULT_CONTROLS, control_factory, lpa_factory
 from edgespeech.conversion.run import Job, Progressive, Teacher, replacement_order, run_sweep
-from edgespeech.data.batching import BatchConfig, BatchSource
-from edgespeech.data.corpus import Corpus, join
-from edgespeech.data.sources import KINDS, open_corpus
-from edgespeech.data.synthetic import SyntheticConfig
+from edgespeech.data.batching import BatchSource
+from edgespeech.data.corpus import Corpus
 from edgespeech.errors import InputError
 from edgespeech.evaluation.decode import Decoder
 from edgespeech.evaluation.report import device, versions, write_report
@@ -23,37 +21,14 @@ from edgespeech.interop.pretrained import AnyTokenizer, save_pretrained
 from edgespeech.models.wav2vec2 import count_parameters
 from edgespeech.nn.lpa import LPAConfig
 from edgespeech.training.loop import LoopConfig
-from experiments import asr, program, run
+from experiments import asr, data_flags, program, run
+from experiments.data_flags import open_data as open_data
+from experiments.data_flags import test_splits as test_splits
+from experiments.data_flags import whole_batches as whole_batches
 from experiments.flags import define_config, int_list, read_config
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(run)
-
-# --- data
-flags.DEFINE_enum(
-    "data",
-    "synthetic",
-    KINDS,
-    "synthetic: espeak-ng voices, made here; folder: LibriSpeech trees; tfds: prepared shards.",
-)
-flags.DEFINE_list(
-    "data_dir",
-    [],
-    "Folders of --data=folder or tfds; DIR, or DIR:SPLIT+SPLIT for splits of its own.",
-)
-flags.DEFINE_list(
-    "more_train", [], "Further folders to train on, each DIR:SPLIT+SPLIT (--data=folder or tfds)."
-)
-flags.DEFINE_string("train_split", "train", "Split to train on; several joined by +.")
-flags.DEFINE_string(
-    "dev_split", "dev", "Split on which the sweep measures its errors; several joined by +."
-)
-flags.DEFINE_string(
-    "test_split",
-    "test",
-    "Splits that the WER is reported on, parted by commas; splits joined by + count as one.",
-)
-define_config("synthetic", SyntheticConfig(), skip=("seed",))
+flags.adopt_module_key_flags(data_flags)
 
 # --- conversion
 define_config("lpa", LPAConfig())
@@ -156,55 +131,6 @@ def chosen_controls() -> list[str]:
                 f"--controls holds {name!r}: choose 'all', 'none', or from {', '.join(CONTROLS)}"
             )
     return names
-
-
-def test_splits() -> list[str]:
-    """The splits in --test_split.
-
-    Raises:
-        InputError: one is named twice, or has no name.
-    """
-    names = FLAGS.test_split.split(",")
-    if not all(names) or len(set(names)) < len(names):
-        raise InputError(
-            f"--test_split={FLAGS.test_split} names a split twice or an empty one: give SPLIT or SPLIT,SPLIT2"
-        )
-    return names
-
-
-def open_data(
-    splits: Sequence[str], require_text: bool = True
-) -> tuple[Corpus, Corpus, dict[str, Corpus]]:
-    """Train, dev, and the test splits by name; with `require_text` off, train and dev need no transcripts."""
-    synthetic = dataclasses.replace(read_config("synthetic", SyntheticConfig()), seed=FLAGS.seed)
-
-    def corpus(split: str, data_dir: Sequence[str], require_text: bool = require_text) -> Corpus:
-        return open_corpus(
-            FLAGS.data,
-            split,
-            data_dir=data_dir,
-            synthetic=synthetic,
-            require_text=require_text,
-            cache_dir=FLAGS.cache_dir,
-        )
-
-    train_set = corpus(FLAGS.train_split, FLAGS.data_dir)
-    if FLAGS.more_train:
-        train_set = join(
-            [train_set, *(corpus(FLAGS.train_split, [entry]) for entry in FLAGS.more_train)]
-        )
-    return (
-        train_set,
-        corpus(FLAGS.dev_split, FLAGS.data_dir),
-        {split: corpus(split, FLAGS.data_dir, True) for split in splits},
-    )
-
-
-def whole_batches(config: BatchConfig) -> BatchConfig:
-    """Batches of the training's settings for what is only listened to: twice the size, at its own speed, up to 60 s."""
-    return dataclasses.replace(
-        config, max_seconds=60, speed_factors=(1.0,), batch_seconds=config.batch_seconds * 2
-    )
 
 
 def convert(

@@ -34,21 +34,22 @@ from jax.flatten_util import ravel_pytree
 from edgespeech.conversion.ctc_task import CTCDistilConfig, CTCTask
 from edgespeech.conversion.run import Teacher
 from edgespeech.data.batching import BatchConfig, BatchSource
-from edgespeech.data.corpus import Corpus
-from edgespeech.data.tokenizer import CharTokenizer, SentencePieceTokenizer, Tokenizer
+from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
 from edgespeech.evaluation.decode import GreedyDecoder
 from edgespeech.interop.open_model import open_model
 from edgespeech.interop.pretrained import save_pretrained
+from edgespeech.interop.tensors import copy_but_head
 from edgespeech.models.wav2vec2 import Padding, Wav2Vec2, Wav2Vec2Config
 from edgespeech.training.ctc import ctc_objective
 from edgespeech.training.loop import train
 from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
-from experiments import asr, convert, program, run
+from experiments import asr, convert, data_flags, program, run, tokenizer_flags
 from experiments.flags import define_config, int_list, read_config
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(convert)
+flags.adopt_module_key_flags(tokenizer_flags)
 PRESETS = {
     "tiny": Wav2Vec2Config.tiny,
     "small": Wav2Vec2Config.small,
@@ -59,10 +60,6 @@ BATCH = BatchConfig(batch_seconds=30, num_buckets=2, speed_factors=(0.9, 1.0, 1.
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3, average_decay=0.995)
 
 # --- data
-flags.DEFINE_enum("tokenizer", "bpe", ["char", "bpe"], "Units of the CTC head.")
-flags.DEFINE_integer(
-    "bpe_size", 400, "Units of --tokenizer=bpe, learned from the training text.", lower_bound=32
-)
 define_config(
     "batch",
     BATCH,
@@ -80,6 +77,12 @@ flags.DEFINE_string(
     "A teacher that is trained already: a saved one (such as WORKDIR/teacher of another run), or a wav2vec2 "
     "checkpoint of Hugging Face, its folder or its hub id. Sizes and tokenizer are its own; of --model.* only "
     "--model.padding counts.",
+)
+flags.DEFINE_string(
+    "init",
+    None,
+    "What the teacher's training starts from instead of random weights: the encoder of a saved model or of a wav2vec2 "
+    "checkpoint of Hugging Face; the head starts anew.",
 )
 flags.DEFINE_integer("teacher_steps", 3600, "Updates of the teacher.", lower_bound=1)
 flags.DEFINE_list(
@@ -104,23 +107,24 @@ def experiment() -> None:
         seed=FLAGS.seed,
         batch_multiple=jax.local_device_count(),
     )
-    splits = convert.test_splits()
+    splits = data_flags.test_splits()
     if FLAGS.teacher:
         teacher_model, tokenizer, about = open_teacher(FLAGS.teacher, FLAGS["model.padding"].value)
         model_config = teacher_model.config
     else:
         intermediate = int_list("intermediate_ctc", 1, model_config.num_layers)
+        start = open_teacher(FLAGS.init)[0] if FLAGS.init else None
     recipe = convert.read_recipe(distil_config, model_config.num_layers)
     workdir = run.Workdir(FLAGS.workdir, run.flag_settings(), FLAGS.resume)
 
     # ---------------------------------------------------------------- data
     with workdir.stage("data"):
-        train_set, dev_set, test_sets = convert.open_data(splits)
+        train_set, dev_set, test_sets = data_flags.open_data(splits)
         if not FLAGS.teacher:
-            tokenizer = make_tokenizer(train_set)
+            tokenizer = tokenizer_flags.make_tokenizer(train_set)
             model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
         source = BatchSource(train_set, tokenizer, batch_config, model_config.num_frames)
-        whole = convert.whole_batches(batch_config)
+        whole = data_flags.whole_batches(batch_config)
         data = convert.Data(
             train_set,
             dev_set,
@@ -138,7 +142,13 @@ def experiment() -> None:
         if not (folder / "model.json").exists():
             with workdir.stage("teacher"):
                 teacher_model = train_teacher(
-                    workdir.path, model_config, optimizer_config, intermediate, source, recipe.loop
+                    workdir.path,
+                    model_config,
+                    optimizer_config,
+                    intermediate,
+                    start,
+                    source,
+                    recipe.loop,
                 )
                 facts = {"data": train_set.kind, "steps": FLAGS.teacher_steps}
                 save_pretrained(folder, teacher_model, tokenizer, facts)
@@ -168,17 +178,10 @@ def open_teacher(
     model, tokenizer, about = open_model(path_or_id, padding)
     if not isinstance(model, Wav2Vec2) or not isinstance(tokenizer, Tokenizer):
         raise InputError(
-            f"--teacher={path_or_id} is a {type(model).__name__}, not a CTC model: convert it with "
+            f"{path_or_id} is a {type(model).__name__}, not a CTC model: convert it with "
             "experiments.lpa_moonshine"
         )
     return model, tokenizer, about
-
-
-def make_tokenizer(train_set: Corpus) -> Tokenizer:
-    """Characters, or word pieces learned from the training text."""
-    if FLAGS.tokenizer == "char":
-        return CharTokenizer()
-    return SentencePieceTokenizer.train([u.text for u in train_set.utterances], FLAGS.bpe_size)
 
 
 def model_settings(config: Wav2Vec2Config) -> dict:
@@ -190,9 +193,13 @@ def model_settings(config: Wav2Vec2Config) -> dict:
     return settings
 
 
-def train_teacher(workdir, model_config, optimizer_config, intermediate, source, loop) -> Wav2Vec2:
+def train_teacher(
+    workdir, model_config, optimizer_config, intermediate, start, source, loop
+) -> Wav2Vec2:
     """A teacher with the moving average of its parameters."""
     model = Wav2Vec2(model_config, rngs=nnx.Rngs(FLAGS.seed))
+    if start is not None:
+        copy_but_head(model, start, FLAGS.init)
     model.scan_layers = True
     graphdef, params = nnx.split(model)
     _, unravel = ravel_pytree(params)

@@ -96,12 +96,15 @@ def teacher_texts(
 
 def label_with_teacher(corpus: Corpus, texts: Mapping[str, TokenText]) -> Labelled:
     """The corpus with the teacher's texts; one that was cut off is a teacher that repeats itself, and is left out."""
-    usable = {id: text.tokens for id, text in texts.items() if text.ended}
-    skipped = [
-        Skipped(u.id, "the teacher's text does not end")
-        for u in corpus.utterances
-        if u.id in texts and not texts[u.id].ended
-    ]
+    usable, skipped = {}, []
+    for u in corpus.utterances:
+        if u.id not in texts:
+            seconds = u.num_samples / SAMPLE_RATE
+            skipped.append(Skipped(u.id, f"{seconds:.1f} s is above max_seconds"))
+        elif not texts[u.id].ended:
+            skipped.append(Skipped(u.id, "the teacher's text does not end"))
+        else:
+            usable[u.id] = texts[u.id].tokens
     return Labelled(corpus, usable, skipped)
 
 

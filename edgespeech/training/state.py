@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,15 @@ class TrainState(NamedTuple):
         params: float32 `[w]`, the trained parameters.
         average: float32 `[w]`, their exponential moving average, used for evaluation.
         optimizer: optax state.
+        extra: what the loss carries on but the optimiser does not touch, such as the running statistics of batch
+            norms; None where there is no such thing.
     """
 
     step: Array
     params: Vector
     average: Vector
     optimizer: PyTree
+    extra: PyTree = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,20 +104,28 @@ def make_optimizer(
     )
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: PyTree, optimizer: optax.GradientTransformation, extra: PyTree = None
+) -> TrainState:
     """State before the first step, in arrays of its own."""
     vector, _ = ravel_pytree(params)
-    return TrainState(jnp.zeros((), jnp.int32), vector, jnp.copy(vector), optimizer.init(vector))
+    step = jnp.zeros((), jnp.int32)
+    own_extra = jax.tree.map(jnp.copy, extra)
+    return TrainState(step, vector, jnp.copy(vector), optimizer.init(vector), own_extra)
 
 
 # loss(params, batch, key, step) -> (scalar, metrics), on the tree of parameters
 LossFunction = Callable[[PyTree, Any, Array, Array], tuple[Scalar, dict[str, Scalar]]]
+# loss(params, batch, key, step, extra) -> (scalar, metrics, new extra), where the state has an `extra`
+StatefulLossFunction = Callable[
+    [PyTree, Any, Array, Array, PyTree], tuple[Scalar, dict[str, Scalar], PyTree]
+]
 # step(state, batch, key) -> (state, metrics)
 StepFunction = Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Scalar]]]
 
 
 def make_step(
-    loss: LossFunction,
+    loss: LossFunction | StatefulLossFunction,
     unravel: Callable[[Vector], PyTree],
     optimizer: optax.GradientTransformation,
     average_decay: float,
@@ -123,10 +134,12 @@ def make_step(
     """The update as a pure function, to be jitted once for each batch shape.
 
     The random key of a step is `fold_in(key, step)`: a resumed run draws the same numbers. A step whose loss or
-    gradient is not finite leaves parameters and optimiser as they were and counts itself in the metric `skipped`.
+    gradient is not finite leaves parameters, optimiser and `extra` as they were and counts itself in the metric
+    `skipped`.
 
     Args:
-        loss: returns the scalar to minimise and metrics.
+        loss: returns the scalar to minimise and metrics; a state with an `extra` gives it to the loss as one more
+            argument, and takes the new one as one more result.
         unravel: vector to tree, from `ravel_pytree`.
         optimizer: optax transformation of the vector.
         average_decay: decay of the moving average; early on it is `(1 + step) / (10 + step)` if that is less.
@@ -137,10 +150,16 @@ def make_step(
     def step_function(state: TrainState, batch, key: Array):
         step_key = jax.random.fold_in(key, state.step)
 
+        def objective(tree: PyTree):
+            arguments = (tree, batch, step_key, state.step)
+            if state.extra is None:
+                value, metrics = cast(LossFunction, loss)(*arguments)
+                return value, (metrics, None)
+            value, metrics, extra = cast(StatefulLossFunction, loss)(*arguments, state.extra)
+            return value, (metrics, extra)
+
         tree = unravel(state.params)
-        (value, metrics), tree_gradient = jax.value_and_grad(loss, has_aux=True)(
-            tree, batch, step_key, state.step
-        )
+        (value, (metrics, extra)), tree_gradient = jax.value_and_grad(objective, has_aux=True)(tree)
         gradient = _one_after_another(tree_gradient)
         mask = 1.0 if trained is None else trained(state.step)
         # Frozen parameters count neither in the clipped norm nor in the moments.
@@ -160,6 +179,7 @@ def make_step(
             keep(params, state.params),
             keep(average, state.average),
             keep(optimizer_state, state.optimizer),
+            keep(extra, state.extra),
         )
         skipped = 1.0 - finite.astype(jnp.float32)
         return new_state, {"loss": value, "gradient_norm": norm, "skipped": skipped, **metrics}

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
+from edgespeech.conversion.ctc_task import CTCDistilConfig, CTCTask
 from edgespeech.conversion.distil import (
     DistilConfig,
     Lesson,
@@ -30,7 +31,7 @@ from tests.support.tiny import batch_with_filler, tiny_model, tone_source
 
 SMALL_LPA = LPAConfig(aperiodic=2, periodic=1, positional=1, kernel_size=3, local_kernel_size=3)
 ORDER = (2, 0)  # layer 1 keeps its attention
-CONFIG = DistilConfig(steps_per_layer=10, learning_rate=1e-2, ctc=0.7, kl=0.4, hidden=0.3)
+CONFIG = CTCDistilConfig(steps_per_layer=10, learning_rate=1e-2, ctc=0.7, kl=0.4, hidden=0.3)
 OFF, ALONE, WITH_FFN, HARD = (0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1)
 
 # step: layers 0, 1, 2, each (active, co-adapting, hard)
@@ -52,7 +53,7 @@ class Setup:
     """A teacher, a student with switches, one lesson, and the jitted loss."""
 
     def __init__(self):
-        self.teacher = Teacher(tiny_model())
+        self.teacher = Teacher(tiny_model(), CTCTask())
         self.student = nnx.clone(self.teacher.model)
         factory = lpa_factory(SMALL_LPA)
         install_switches(self.student, make_replacements(self.teacher.model, factory, 1))
@@ -153,7 +154,7 @@ def step_function(setup):
         optax.scale_by_adam(b1=0.9, b2=0.98), optax.scale_by_learning_rate(1e-2)
     )
     step = make_step(
-        distil_objective(setup.graphdef, ORDER, CONFIG),
+        distil_objective(setup.graphdef, CTCTask(), ORDER, CONFIG),
         unravel,
         optimizer,
         0.0,
@@ -247,14 +248,16 @@ def test_a_lesson_is_the_batch_with_the_teachers_output(setup):
     assert setup.lesson.batch is setup.batch
     real = setup.batch.weights > 0
     for found, expected in zip(
-        (setup.lesson.logits, *setup.lesson.hidden), (output.logits, *output.hidden), strict=True
+        (setup.lesson.teacher.logits, *setup.lesson.teacher.hidden),
+        (output.logits, *output.hidden),
+        strict=True,
     ):
         np.testing.assert_allclose(found[real], expected[real], rtol=0, atol=1e-5)
 
 
 @functools.cache
 def _jitted_loss(graphdef, order):
-    return jax.jit(distil_objective(graphdef, order, CONFIG))
+    return jax.jit(distil_objective(graphdef, CTCTask(), order, CONFIG))
 
 
 @pytest.mark.parametrize(
@@ -263,4 +266,4 @@ def _jitted_loss(graphdef, order):
 )
 def test_values_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}"):
-        DistilConfig(**{name: value})
+        CTCDistilConfig(**{name: value})

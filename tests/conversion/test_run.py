@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from edgespeech.conversion.distil import DistilConfig
+from edgespeech.conversion.ctc_task import CTCDistilConfig, CTCTask
 from edgespeech.conversion.mixers import lpa_factory
 from edgespeech.conversion.run import Job, Progressive, Teacher
 from edgespeech.conversion.sweep import make_replacements
@@ -16,12 +16,12 @@ from tests.support.tiny import QUIET, assert_same_bits, tiny_model, tone_source
 
 SMALL_LPA = LPAConfig(aperiodic=2, periodic=1, positional=1, kernel_size=3, local_kernel_size=3)
 ORDER = (2, 0)
-CONFIG = DistilConfig(steps_per_layer=4, learning_rate=1e-2)
+CONFIG = CTCDistilConfig(steps_per_layer=4, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    return Teacher(tiny_model())
+    return Teacher(tiny_model(), CTCTask())
 
 
 def progressive(teacher, workdir, config=CONFIG):
@@ -102,7 +102,7 @@ def test_gates_are_zero_or_one(teacher, unbroken, tmp_path, steps):
     if steps == CONFIG.steps_per_layer:
         hybrid, count = unbroken[2][2], 2
     else:
-        path = progressive(teacher, tmp_path, DistilConfig(steps_per_layer=steps))
+        path = progressive(teacher, tmp_path, CTCDistilConfig(steps_per_layer=steps))
         path.advance(1)
         hybrid, count = path.hybrid(), 1
     random = np.random.default_rng(0)

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from edgespeech.conversion.capture import capture
+from edgespeech.conversion.ctc_task import CTCTask
 from edgespeech.conversion.mixers import CONTROLS, control_factory, lpa_factory
 from edgespeech.conversion.run import Job, Teacher, replacement_order, run_sweep
 from edgespeech.conversion.sweep import (
@@ -40,7 +41,7 @@ LENGTHS = np.asarray([9, 4, 0, 7])  # the third row is filler
 
 @pytest.fixture(scope="module")
 def teacher():
-    return Teacher(tiny_model())
+    return Teacher(tiny_model(), CTCTask())
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_pairs_are_the_captured_calls_without_filler(teacher):
     batch = batch_with_filler(tone_source())
     _, calls = capture(teacher.model, batch.audio, batch.audio_lengths)
     found = teacher.pairs(batch)
-    plain = capture_pairs(teacher.model, batch)
+    plain = capture_pairs(teacher.model, CTCTask(), batch)
     np.testing.assert_array_equal(found.lengths, plain.lengths)
     real = batch.weights > 0
     for layer, call in enumerate(calls):

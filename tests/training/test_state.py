@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from edgespeech.training.checkpoint import StageCheckpoints
 from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
 from tests.support.tiny import assert_same_bits
 
@@ -215,11 +216,70 @@ def test_random_key_of_a_step_is_folded_from_its_number():
         assert float(metrics["draw"]) == float(expected)
 
 
+EXTRA = {"count": jnp.asarray(3, jnp.int32), "mean": jnp.asarray([1.0, -2.0])}
+
+
+def build_with_extra(config):
+    """The linear loss, with a running mean of the batch beside it that has a part in the value."""
+
+    def loss(params, batch, key, step, extra):
+        value, metrics = linear_loss(params, batch, key, step)
+        extra = {"count": extra["count"] + 1, "mean": 0.9 * extra["mean"] + 0.1 * batch[:2]}
+        return value + jnp.sum(extra["mean"]), metrics, extra
+
+    _, unravel = ravel_pytree(PARAMS)
+    optimizer = make_optimizer(config, STEPS, PARAMS)
+    step = jax.jit(make_step(loss, unravel, optimizer, config.average_decay))
+    return step, init_state(PARAMS, optimizer, EXTRA)
+
+
+def test_extra_is_carried_and_not_optimised():
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.3)
+    (step, state), (plain_step, plain_state) = build_with_extra(config), build(config)
+    mean = np.asarray(EXTRA["mean"], np.float64)
+    random = np.random.default_rng(0)
+    for index in range(STEPS):
+        gradient = random.normal(size=7).astype(np.float32)
+        state, metrics = step(state, gradient, KEY)
+        plain_state, plain_metrics = plain_step(plain_state, gradient, KEY)
+        mean = 0.9 * mean + 0.1 * gradient[:2]
+        np.testing.assert_allclose(state.extra["mean"], mean, rtol=1e-5, atol=1e-6)
+        assert int(state.extra["count"]) == 3 + index + 1
+        np.testing.assert_allclose(
+            metrics["loss"], plain_metrics["loss"] + mean.sum(), rtol=1e-5, atol=1e-5
+        )
+        assert_same_bits(state[:4], plain_state[:4])
+    assert plain_state.extra is None
+
+
+def test_skipped_step_keeps_the_extra():
+    step, state = build_with_extra(OptimizerConfig())
+    state, _ = step(state, np.ones(7, np.float32), KEY)
+    bad = np.full(7, np.nan, np.float32)
+    after, metrics = step(state, bad, KEY)
+    assert float(metrics["skipped"]) == 1
+    assert_same_bits(after[1:], state[1:])
+
+
+def test_extra_is_in_the_checkpoint(tmp_path):
+    step, state = build_with_extra(OptimizerConfig())
+    saved, _ = step(state, np.ones(7, np.float32), KEY)
+    with StageCheckpoints(tmp_path, "stage", {}) as checkpoints:
+        checkpoints.save(saved)
+    with StageCheckpoints(tmp_path, "stage", {}) as checkpoints:
+        restored = checkpoints.restore(state)
+    assert restored is not None
+    assert jax.tree.structure(restored) == jax.tree.structure(saved)
+    assert_same_bits(restored, saved)
+
+
 def test_state_has_arrays_of_its_own():
     _, state = build(OptimizerConfig())
     assert_same_bits(state.params, state.average)
     assert state.params.unsafe_buffer_pointer() != state.average.unsafe_buffer_pointer()
     assert int(state.step) == 0
+    _, state = build_with_extra(OptimizerConfig())
+    assert state.extra["mean"].unsafe_buffer_pointer() != EXTRA["mean"].unsafe_buffer_pointer()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,291 @@
+"""Early exits on equal terms: the early-exit baseline and Splitformer, every exit, and every rule for leaving.
+
+Command     python -m experiments.splitformer_librispeech --workdir=runs/splitformer
+Hardware    2 CPU cores; uses every local device it finds
+Time        about 12 minutes after installation with the default, synthetic data
+Expect      WORKDIR/report.md: WER of every exit of both models; WER at equal compute for every exit rule, the fixed
+            exits and the oracle; how much of the gap between these two each rule closes
+
+On a LibriSpeech tree:
+
+    python -m experiments.splitformer_librispeech --workdir=runs/exits --data=folder --data_dir=DIR --preset=paper \\
+        --model.front_end=fixed --train_split=train-clean-100 --dev_split=dev-clean \\
+        --test_split=test-clean,test-other --bpe_size=256 --batch.batch_seconds=600 --batch.num_buckets=6 --steps=60000
+
+The models: early-exit ASR (arXiv 2309.09546) and Splitformer (arXiv 2506.18035). Optimiser, schedule, small sizes and
+the choice of thresholds on dev are ours. A model is scored with the moving average of its parameters and the running
+statistics of the last step; the learning rate ends so low that the two go together.
+"""
+
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import flags
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+
+from edgespeech.data.batching import BatchConfig, BatchSource
+from edgespeech.errors import InputError
+from edgespeech.evaluation.exit_curves import CALIBRATED, analyse
+from edgespeech.evaluation.exit_plots import wer_against_compute, wer_against_layer
+from edgespeech.evaluation.exit_report import write_exit_report
+from edgespeech.evaluation.exit_scores import (
+    ExitDecoder,
+    ExitScores,
+    load_exit_scores,
+    save_exit_scores,
+)
+from edgespeech.evaluation.report import device, versions
+from edgespeech.evaluation.wer import paired_bootstrap
+from edgespeech.inference.exit_policy import ExitPolicy, save_policy
+from edgespeech.inference.exit_predictor import save_predictor
+from edgespeech.interop.exit_model import load_exit_model, save_exit_model
+from edgespeech.models.splitformer import Placement, Splitformer, SplitformerConfig
+from edgespeech.models.wav2vec2 import count_parameters
+from edgespeech.training.exits import ExitLossConfig, exit_objective
+from edgespeech.training.loop import LoopConfig, train
+from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
+from experiments import asr, data_flags, program, run, tokenizer_flags
+from experiments.flags import define_config, read_config
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(data_flags)
+flags.adopt_module_key_flags(tokenizer_flags)
+MODELS: dict[str, Placement] = {
+    "ee_baseline": "none",
+    "splitformer": "first_last",
+    "all_exits": "all",
+}
+PRESETS = {"tiny": SplitformerConfig.tiny, "paper": SplitformerConfig.splitformer}
+
+BATCH = BatchConfig(batch_seconds=30, num_buckets=2, speed_factors=(0.9, 1.0, 1.1))
+OPTIMIZER = OptimizerConfig(learning_rate=2e-3, average_decay=0.99)
+
+# --- models and training
+flags.DEFINE_list(
+    "models",
+    ["ee_baseline", "splitformer"],
+    f"Models to train, parted by commas, the first one to compare with: {', '.join(MODELS)} (branches at no exit, at "
+    "the first and the last, at all).",
+)
+flags.DEFINE_enum(
+    "preset", "tiny", sorted(PRESETS), "Sizes of the models; --model.* change single ones."
+)
+define_config("model", SplitformerConfig.tiny(), skip=("vocab_size", "branches"))
+define_config("batch", BATCH, skip=("shuffle", "seed", "batch_multiple"))
+flags.DEFINE_integer("steps", 1800, "Updates of every model.", lower_bound=1)
+define_config("loss", ExitLossConfig())
+define_config("optimizer", OPTIMIZER)
+flags.DEFINE_integer("save_every", 200, "Updates between checkpoints.", lower_bound=1)
+
+# --- exit rules
+flags.DEFINE_integer(
+    "n_best", 8, "Label sequences among which the rule posterior compares.", lower_bound=1
+)
+flags.DEFINE_float(
+    "predictor_penalty",
+    1.0,
+    "Squared penalty on the weights of the rule calibrated, for standardised features.",
+    lower_bound=1e-6,
+)
+
+
+def experiment() -> None:
+    """The whole job, from data to report."""
+    # ---------------------------------------------------------------- settings, checked before anything is computed
+    names = chosen_models()
+    model_config = read_config("model", PRESETS[FLAGS.preset]())
+    if model_config.num_exits < 2:
+        raise InputError("--model.num_exits=1 leaves nothing to choose: give at least 2")
+    loss_config = read_config("loss", ExitLossConfig())
+    if len(loss_config.weights) not in (0, model_config.num_exits):
+        raise InputError(
+            f"--loss.weights holds {len(loss_config.weights)} numbers: give {model_config.num_exits}, one an exit"
+        )
+    optimizer_config = read_config("optimizer", OPTIMIZER)
+    batch_config = dataclasses.replace(
+        read_config("batch", BATCH), seed=FLAGS.seed, batch_multiple=jax.local_device_count()
+    )
+    splits = data_flags.test_splits()
+    workdir = run.Workdir(FLAGS.workdir, run.flag_settings(), FLAGS.resume)
+
+    # ---------------------------------------------------------------- data
+    with workdir.stage("data"):
+        train_set, dev_set, test_sets = data_flags.open_data(splits)
+        tokenizer = tokenizer_flags.make_tokenizer(train_set)
+        model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
+        source = BatchSource(train_set, tokenizer, batch_config, model_config.num_frames)
+        whole = data_flags.whole_batches(batch_config)
+        dev_source = BatchSource(dev_set, None, whole)
+        test_sources = {s: BatchSource(corpus, None, whole) for s, corpus in test_sets.items()}
+        run.say(asr.describe(train_set, dev_set, test_sets, source))
+    workdir.begin()
+
+    # ---------------------------------------------------------------- every model: train, evaluate, choose thresholds
+    models, results = [], []
+    for name in names:
+        config = dataclasses.replace(model_config, branches=MODELS[name])
+        folder = workdir.path / name
+        if not (folder / "model.json").exists():
+            with workdir.stage(f"{name} training"):
+                model = train_model(
+                    workdir.path, name, config, loss_config, optimizer_config, source
+                )
+                facts = {"data": train_set.kind, "steps": FLAGS.steps, "model": name}
+                save_exit_model(folder, model, tokenizer, facts)
+        model, tokenizer, _ = load_exit_model(folder)
+        graphdef, state = nnx.split(model)
+        with workdir.stage(f"{name} evaluation"):
+            decoder = ExitDecoder(graphdef, tokenizer, FLAGS.n_best)
+            listen = functools.partial(decoder.score, state)
+            dev = evaluate(workdir.path, f"{name}_dev", listen, dev_source)
+            tests = {
+                split: evaluate(workdir.path, file_name(f"{name}_test_{split}"), listen, test)
+                for split, test in test_sources.items()
+            }
+            curves, predictor = analyse(config, dev, tests[splits[0]], FLAGS.predictor_penalty)
+            save_predictor(folder, predictor)
+            save_best_policy(folder, curves)
+        for m, row in enumerate(curves["exits"]):
+            rates = asr.rates({split: test.results[m] for split, test in tests.items()})
+            row |= {key: rates[key] for key in ("ci", "cer", "splits") if key in rates}
+            run.say(
+                f"{name}, exit {m + 1}: {asr.spoken({s: t.results[m] for s, t in tests.items()})}"
+            )
+        results.append(tests[splits[0]].results)
+        models.append(
+            {
+                "name": name,
+                "placement": MODELS[name],
+                "parameters": count_parameters(model),
+                "steps": FLAGS.steps,
+                "config": dataclasses.asdict(config),
+                **curves,
+            }
+        )
+
+    # ---------------------------------------------------------------- report
+    corpora = (train_set, dev_set, *test_sets.values())
+    report = {
+        "title": "early exits and parallel branches",
+        "command": program.command_line(),
+        "date": datetime.date.today().isoformat(),
+        "data": asr.data_facts(
+            train_set, dev_set, test_sets, source, [dev_source, *test_sources.values()]
+        ),
+        "models": models,
+        "differences": [
+            {"model": name, "exit": exit, "difference": paired.difference, "ci": list(paired.ci)}
+            for name, exits in zip(names[1:], results[1:], strict=True)
+            for exit, paired in enumerate(map(paired_bootstrap, results[0], exits), 1)
+        ],
+        "stages": [{"name": n, "seconds": s} for n, s in workdir.read_json("stages.json").items()],
+        "versions": versions(),
+        "device": device(),
+        "seeds": {"seed": FLAGS.seed},
+        "notes": [note for corpus in corpora for note in corpus.notes],
+    }
+    note = f"{train_set.kind} data"
+    wer_against_layer(workdir.path / "plots" / "wer_layer.png", models, note)
+    for model in models:
+        wer_against_compute(
+            workdir.path / "plots" / f"wer_compute_{model['name']}.png", model, note
+        )
+    asr.draw_losses(workdir.path, note)
+    write_exit_report(workdir.path, report)
+    run.say(f"report: {workdir.path / 'report.md'}")
+
+
+def chosen_models() -> list[str]:
+    """The names in --models.
+
+    Raises:
+        InputError: there is none, one is not known, or one comes twice.
+    """
+    names = list(FLAGS.models)
+    for name in names:
+        if name not in MODELS or names.count(name) > 1:
+            raise InputError(f"--models holds {name!r}: choose from {', '.join(MODELS)}, each once")
+    if not names:
+        raise InputError(f"--models is empty: choose from {', '.join(MODELS)}")
+    return names
+
+
+def train_model(
+    workdir: Path,
+    name: str,
+    config: SplitformerConfig,
+    loss_config: ExitLossConfig,
+    optimizer_config: OptimizerConfig,
+    source: BatchSource,
+) -> Splitformer:
+    """A model with the moving average of its parameters; seed, order of the data and steps are the same for all."""
+    model = Splitformer(config, rngs=nnx.Rngs(FLAGS.seed))
+    graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    _, unravel = ravel_pytree(params)
+    optimizer = make_optimizer(optimizer_config, FLAGS.steps, params)
+    settings = {
+        "steps": FLAGS.steps,
+        "model": dataclasses.asdict(config),
+        "loss": dataclasses.asdict(loss_config),
+        "optimizer": dataclasses.asdict(optimizer_config),
+    }
+    state = train(
+        name,
+        make_step(
+            exit_objective(graphdef, loss_config),
+            unravel,
+            optimizer,
+            optimizer_config.average_decay,
+        ),
+        init_state(params, optimizer, statistics),
+        source,
+        FLAGS.steps,
+        workdir=workdir,
+        settings=json.loads(json.dumps(settings)),
+        seed=FLAGS.seed,
+        config=LoopConfig(save_every=FLAGS.save_every, quiet=FLAGS.quiet),
+    )
+    return nnx.merge(graphdef, unravel(state.average), state.extra)
+
+
+def evaluate(
+    workdir: Path, name: str, listen: Callable[[BatchSource], ExitScores], source: BatchSource
+) -> ExitScores:
+    """Scores of every exit; they stay in `exits/NAME.npz` and `hypotheses/NAME_exitM.jsonl` for a resumed run."""
+    if load_exit_scores(workdir, name) is None:
+        save_exit_scores(workdir, name, listen(source))
+    found = load_exit_scores(workdir, name)
+    assert found is not None
+    return found
+
+
+def file_name(name: str) -> str:
+    """The name with nothing in it that a file name may lack."""
+    return re.sub(r"[^\w.+-]", "_", name)
+
+
+def save_best_policy(folder: Path, curves: dict) -> None:
+    """Saves the rule that has the lowest WER on dev within the compute of the best fixed exit, less to its compute."""
+    budget = curves["exits"][curves["best_fixed"] - 1]["dev_cost"]
+    rows = [
+        (row["dev_wer"], row["dev_cost"], rule, row["threshold"])
+        for rule, row in itertools.chain.from_iterable(
+            ((rule, row) for row in curve) for rule, curve in curves["curves"].items()
+        )
+        if rule != CALIBRATED and row["budget"] == budget
+    ]
+    wer, cost, rule, threshold = min(rows)
+    about = {"dev_wer": wer, "dev_cost": cost, "budget": budget}
+    save_policy(folder, ExitPolicy(rule, float(threshold), FLAGS.n_best), about)
+
+
+if __name__ == "__main__":
+    program.main(experiment)
