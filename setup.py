@@ -33,15 +33,23 @@ CORE = [
     "matplotlib>=3.10,<4",
     "tensorboardX>=2.6.5,<3",
     "tqdm>=4.67,<5",
+    "flatbuffers>=25",  # reads .ort files; jax.export uses it and does not declare it
 ]
 EXTRAS = {
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "tfds": ["tensorflow-cpu>=2.20"],
-    "torch": ["torch>=2.10", "transformers>=5"],
+    "torch": [
+        "torch>=2.10",
+        "transformers>=5",
+        "speechbrain>=1.1",
+        "hyperpyyaml>=1.2",
+        "ruamel.yaml>=0.18",
+    ],
     "peers": ["torch>=2.10", "transformers>=5", "onnx>=1.23,<2", "onnxruntime>=1.31,<2"],
-    "moonshine": ["moonshine-cpp==0.1.4", "flatbuffers>=25"],  # pretrained weights, MIT
+    "moonshine": ["moonshine-cpp==0.1.4"],  # pretrained weights, MIT
+    "enhancement": ["pesq>=0.0.4", "pystoi>=0.4"],
     "demo": ["gradio>=6"],
     "test": [
         "pytest>=9",

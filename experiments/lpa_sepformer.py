@@ -327,7 +327,10 @@ def draw(workdir: Path, report: dict, teacher_scores: tuple[UtteranceScores, ...
     sweep_bars(plots / "sweep.png", report["sweep"], note)
     enhancement_curve(
         plots / "scores.png",
-        *(report[key] for key in ("noisy", "teacher", "hybrids", "controls")),
+        report["noisy"],
+        report["teacher"],
+        report["hybrids"],
+        report["controls"],
         note,
     )
     asr.draw_losses(workdir, note)

@@ -59,7 +59,7 @@ def seal_inter_chunk_layers(model: SepFormer) -> SepFormer:
     """A copy in which `mixer_layers` finds the intra-chunk layers alone; its outputs are the model's."""
     model = nnx.clone(model)
     for block in model.mask_network.blocks:
-        block.inter = Sealed(block.inter)
+        block.inter = Sealed(block.inter)  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 

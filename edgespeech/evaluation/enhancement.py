@@ -105,9 +105,9 @@ def level(noisy: np.ndarray, estimate: np.ndarray) -> np.ndarray:
 
     as `inference.enhance` does (ours): SI-SNR as a loss leaves the level of an estimate free.
     """
-    noisy, estimate = np.float64(noisy), np.float64(estimate)
-    gain = noisy @ estimate / max(estimate @ estimate, 1e-20)
-    return estimate * (gain / max(1.0, abs(gain) * np.abs(estimate).max()))
+    heard, made = np.asarray(noisy, np.float64), np.asarray(estimate, np.float64)
+    gain = heard @ made / max(made @ made, 1e-20)
+    return made * (gain / max(1.0, abs(gain) * np.abs(made).max()))
 
 
 def write_mixtures(folder: Path, source: MixtureSource) -> None:
