@@ -4,6 +4,7 @@ What is scored is what can be listened to: estimates are written as 16-bit WAV f
 PESQ (ITU-T P.862.2, wide band) and STOI (Taal et al., 2011) need the packages `pesq` and `pystoi`.
 """
 
+import importlib
 import importlib.util
 import json
 import math
@@ -68,17 +69,16 @@ def score_utterance(
 def _pesq(clean: np.ndarray, estimate: np.ndarray) -> float:
     if OPTIONAL["pesq"] in missing_packages():
         return math.nan
-    from pesq import PesqError, pesq
-
-    value = pesq(SAMPLE_RATE, clean, estimate, "wb", on_error=PesqError.RETURN_VALUES)
+    package = importlib.import_module("pesq")
+    codes = package.PesqError.RETURN_VALUES
+    value = package.pesq(SAMPLE_RATE, clean, estimate, "wb", on_error=codes)
     return float(value) if value >= 0 else math.nan  # negative: an error code
 
 
 def _stoi(clean: np.ndarray, estimate: np.ndarray) -> float:
     if OPTIONAL["stoi"] in missing_packages() or len(clean) < _STOI_SAMPLES:
         return math.nan
-    from pystoi import stoi
-
+    stoi = importlib.import_module("pystoi").stoi
     with warnings.catch_warnings():
         # Too few frames that are not silent: 1e-5 comes back with a warning.
         warnings.simplefilter("error", RuntimeWarning)
