@@ -21,7 +21,7 @@ from edgespeech.nn.lpa import LPA, LPAConfig
 from edgespeech.nn.rotary import RotarySelfAttention
 from edgespeech.ops.attention import attention_reference
 from edgespeech.training.metrics import read_metrics
-from tests.support.moonshine import forward, speech, tiny_moonshine
+from tests.support.moonshine import call, forward, speech, tiny_moonshine
 from tests.support.moonshine_conversion import noise_source
 from tests.support.tiny import QUIET, assert_same_bits
 
@@ -97,6 +97,12 @@ def test_captured_pairs_are_those_of_the_encoder(setup):
             np.testing.assert_allclose(pairs.y[layer, row, :n], seen.y[row, :n], atol=1e-5)
 
 
+predict = jax.jit(
+    lambda graphdef, state, batch: TASK.forward(nnx.merge(graphdef, state), batch),
+    static_argnums=0,
+)
+
+
 def log_probs(logits):
     logits = np.asarray(logits, np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -117,9 +123,8 @@ def test_loss_equals_numpy(setup, step):
         tokens = np.asarray([1, *TEXTS[row]])
         audio = batch.audio[row, : LENGTHS[row]]
         theirs, _, _, logits = forward(setup.teacher.model, np.float64(audio), tokens)
-        output = student(
-            audio[None], np.asarray([len(audio)]), tokens[None], np.asarray([len(tokens)])
-        )
+        n = np.asarray([len(audio)]), np.asarray([len(tokens)])
+        output = call(*nnx.split(student), audio[None], n[0], tokens[None], n[1])
         t, s = log_probs(logits), log_probs(output.logits[0])
         kl.append(np.mean((np.exp(t) * (t - s)).sum(-1)))
         cross_entropy.append(np.mean([-s[i, label] for i, label in enumerate(labels)]))
@@ -243,12 +248,17 @@ def test_the_student_learns(unbroken):
 def test_hybrid_equals_the_program_with_switches(setup, unbroken):
     path, _ = unbroken
     batch = setup.batch
-    through = TASK.forward(nnx.merge(path.graphdef, path.state()), batch)
     hybrid = path.hybrid()
-    alone = TASK.forward(hybrid, batch)
+    through, alone, plain = (
+        predict(*split, batch)
+        for split in (
+            (path.graphdef, path.state()),
+            nnx.split(hybrid),
+            nnx.split(setup.teacher.model),
+        )
+    )
     assert [type(layer.mixer) for layer in hybrid.layers] == [LPA, LPA]
     np.testing.assert_allclose(alone.logits[:2, :2], through.logits[:2, :2], atol=1e-4)
-    plain = TASK.forward(setup.teacher.model, batch)
     assert np.abs(alone.logits[:2, :2] - plain.logits[:2, :2]).max() > 1e-2
     for part in ("decoder_layers", "front_end", "norm", "decoder_norm", "embedding"):
         assert_same_bits(nnx.state(hybrid)[part], nnx.state(setup.teacher.model)[part])
