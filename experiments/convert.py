@@ -22,9 +22,6 @@ from edgespeech.models.wav2vec2 import count_parameters
 from edgespeech.nn.lpa import LPAConfig
 from edgespeech.training.loop import LoopConfig
 from experiments import asr, data_flags, program, run
-from experiments.data_flags import open_data as open_data
-from experiments.data_flags import test_splits as test_splits
-from experiments.data_flags import whole_batches as whole_batches
 from experiments.flags import define_config, int_list, read_config
 
 FLAGS = flags.FLAGS

@@ -43,7 +43,7 @@ from edgespeech.interop.open_model import open_model
 from edgespeech.models.moonshine import Moonshine
 from edgespeech.nn.rotary import RotarySelfAttention
 from edgespeech.types import SAMPLE_RATE
-from experiments import asr, convert, program, run
+from experiments import asr, convert, data_flags, program, run
 from experiments.flags import define_config, read_config
 
 FLAGS = flags.FLAGS
@@ -81,7 +81,7 @@ def experiment() -> None:
     batch_config = dataclasses.replace(
         read_config("batch", BATCH), seed=FLAGS.seed, batch_multiple=jax.local_device_count()
     )
-    splits = convert.test_splits()
+    splits = data_flags.test_splits()
     model, tokenizer, about = open_model(FLAGS.teacher)
     if not isinstance(model, Moonshine) or not isinstance(tokenizer, PieceTokenizer):
         raise InputError(
@@ -102,12 +102,12 @@ def experiment() -> None:
 
     # ---------------------------------------------------------------- data
     with workdir.stage("data"):
-        audio, dev_set, test_sets = convert.open_data(splits, FLAGS.labels == "transcript")
+        audio, dev_set, test_sets = data_flags.open_data(splits, FLAGS.labels == "transcript")
         audio = at_most(audio, FLAGS.max_train_hours, FLAGS.seed)
         # Refuses batches that do not hold the audio before the teacher listens to it.
         BatchSource(audio, None, batch_config)
     workdir.begin()
-    whole = convert.whole_batches(batch_config)
+    whole = data_flags.whole_batches(batch_config)
     with workdir.stage("labels"):
         if FLAGS.labels == "transcript":
             train_set = label_with_transcripts(audio, tokenizer)

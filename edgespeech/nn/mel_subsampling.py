@@ -1,6 +1,5 @@
 """From audio to frames of 40 ms: mel features and two convolutions of stride 2 (early-exit ASR, arXiv 2309.09546)."""
 
-import functools
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from edgespeech.ops.features import (
     WINDOW,
     SpecAugmentConfig,
     log_mel,
+    mel_filters,
     normalize_features,
     spec_augment,
 )
@@ -26,20 +26,6 @@ FeatureKind = Literal["paper", "fixed"]
 POWER_MEL_WINDOW = 320  # samples: 20 ms
 POWER_MEL_FFT = 1024  # points
 NUM_CONVOLUTIONS = 2
-
-
-@functools.cache
-def power_mel_filters(num_mels: int) -> np.ndarray:
-    """Triangles `[513 num_mels]` of height 1 between 0 and 8000 Hz, equally spaced on the HTK mel scale.
-
-    `mel(f) = 2595 log10(1 + f/700)`: the filters of torchaudio's default `MelScale`, which upstream uses.
-    """
-    top = 2595.0 * np.log10(1.0 + SAMPLE_RATE / 2 / 700.0)
-    edges = 700.0 * (10.0 ** (np.linspace(0.0, top, num_mels + 2) / 2595.0) - 1.0)
-    hz = np.linspace(0.0, SAMPLE_RATE / 2, POWER_MEL_FFT // 2 + 1)
-    rising = (hz[:, None] - edges[None, :-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[None, 2:] - hz[:, None]) / (edges[2:] - edges[1:-1])
-    return np.maximum(0.0, np.minimum(rising, falling)).astype(np.float32)
 
 
 def power_mel(audio: Audio, lengths: Lengths, num_mels: int) -> Float[Array, "b f m"]:
@@ -66,7 +52,8 @@ def power_mel(audio: Audio, lengths: Lengths, num_mels: int) -> Float[Array, "b 
     # Where in the 1024 points the window lies changes the phase alone.
     spectrum = jnp.fft.rfft(frames * window, n=POWER_MEL_FFT)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    return power @ power_mel_filters(num_mels)
+    # The filters of torchaudio's default `MelScale`, which upstream uses.
+    return power @ mel_filters(num_mels, POWER_MEL_FFT, 0.0, SAMPLE_RATE / 2)
 
 
 class MelSubsampling(nnx.Module):

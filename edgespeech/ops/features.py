@@ -18,8 +18,10 @@ FFT = 512  # samples
 
 
 @functools.cache
-def mel_filters(num_mels: int) -> np.ndarray:
-    """Triangular filters `[FFT/2+1, num_mels]` between 20 Hz and 7600 Hz, equally spaced on the HTK mel scale.
+def mel_filters(
+    num_mels: int, fft: int = FFT, low: float = 20.0, high: float = 7600.0
+) -> np.ndarray:
+    """Triangular filters `[fft/2+1, num_mels]` between two frequencies in Hz, equally spaced on the HTK mel scale.
 
     `mel(f) = 2595 log10(1 + f/700)`; every triangle has height 1.
     """
@@ -27,10 +29,8 @@ def mel_filters(num_mels: int) -> np.ndarray:
     def to_mel(hz):
         return 2595.0 * np.log10(1.0 + np.asarray(hz) / 700.0)
 
-    edges = 700.0 * (
-        10.0 ** (np.linspace(to_mel(20.0), to_mel(7600.0), num_mels + 2) / 2595.0) - 1.0
-    )
-    hz = np.arange(FFT // 2 + 1) * SAMPLE_RATE / FFT
+    edges = 700.0 * (10.0 ** (np.linspace(to_mel(low), to_mel(high), num_mels + 2) / 2595.0) - 1.0)
+    hz = np.arange(fft // 2 + 1) * SAMPLE_RATE / fft
     rising = (hz[:, None] - edges[None, :-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[None, 2:] - hz[:, None]) / (edges[2:] - edges[1:-1])
     return np.maximum(0.0, np.minimum(rising, falling)).astype(np.float32)
