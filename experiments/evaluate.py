@@ -24,7 +24,7 @@ from edgespeech.data.batching import BatchConfig, BatchSource
 from edgespeech.data.sources import KINDS, open_corpus
 from edgespeech.errors import InputError
 from edgespeech.evaluation.decode import GreedyDecoder, Seq2SeqDecoder
-from edgespeech.evaluation.report import device, versions
+from edgespeech.evaluation.machine import device, versions
 from edgespeech.interop.open_model import open_model
 from edgespeech.models.moonshine import Moonshine
 from edgespeech.models.wav2vec2 import Padding

@@ -47,7 +47,7 @@ from edgespeech.evaluation.latency_models import (
     prepare_parts,
 )
 from edgespeech.evaluation.latency_peers import PACKAGES, PEERS, find_peers
-from edgespeech.evaluation.report import device, versions
+from edgespeech.evaluation.machine import device, versions
 from edgespeech.models.wav2vec2 import Wav2Vec2Config
 from edgespeech.types import SAMPLE_RATE
 from experiments import program

@@ -29,7 +29,6 @@ from typing import Any
 import jax
 from absl import flags
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 
 from edgespeech.conversion.ctc_task import CTCDistilConfig, CTCTask
 from edgespeech.conversion.run import Teacher
@@ -42,10 +41,11 @@ from edgespeech.interop.pretrained import save_pretrained
 from edgespeech.interop.tensors import copy_but_head
 from edgespeech.models.wav2vec2 import Padding, Wav2Vec2, Wav2Vec2Config
 from edgespeech.training.ctc import ctc_objective
-from edgespeech.training.loop import train
-from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
+from edgespeech.training.state import OptimizerConfig
 from experiments import asr, convert, data_flags, program, run, tokenizer_flags
+from experiments.fit import fit
 from experiments.flags import define_config, int_list, read_config
+from experiments.recipe import read_recipe
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(convert)
@@ -114,7 +114,7 @@ def experiment() -> None:
     else:
         intermediate = int_list("intermediate_ctc", 1, model_config.num_layers)
         start = open_teacher(FLAGS.init)[0] if FLAGS.init else None
-    recipe = convert.read_recipe(distil_config, model_config.num_layers)
+    recipe = read_recipe(distil_config, model_config.num_layers)
     workdir = run.Workdir(FLAGS.workdir, run.flag_settings(), FLAGS.resume)
 
     # ---------------------------------------------------------------- data
@@ -202,29 +202,19 @@ def train_teacher(
         copy_but_head(model, start, FLAGS.init)
     model.scan_layers = True
     graphdef, params = nnx.split(model)
-    _, unravel = ravel_pytree(params)
-    optimizer = make_optimizer(optimizer_config, FLAGS.teacher_steps, params)
-    state = train(
+    average, _ = fit(
         "teacher",
-        make_step(
-            ctc_objective(graphdef, intermediate),
-            unravel,
-            optimizer,
-            optimizer_config.average_decay,
-        ),
-        init_state(params, optimizer),
+        ctc_objective(graphdef, intermediate),
+        params,
         source,
         FLAGS.teacher_steps,
         workdir=workdir,
-        settings={
-            "steps": FLAGS.teacher_steps,
-            "model": model_settings(model_config),
-            "optimizer": dataclasses.asdict(optimizer_config),
-        },
+        settings={"model": model_settings(model_config)},
+        optimizer=optimizer_config,
         seed=FLAGS.seed,
-        config=loop,
+        loop=loop,
     )
-    return nnx.merge(graphdef, unravel(state.average))
+    return nnx.merge(graphdef, average)
 
 
 if __name__ == "__main__":

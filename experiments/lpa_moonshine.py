@@ -45,6 +45,7 @@ from edgespeech.nn.rotary import RotarySelfAttention
 from edgespeech.types import SAMPLE_RATE
 from experiments import asr, convert, data_flags, program, run
 from experiments.flags import define_config, read_config
+from experiments.recipe import read_recipe
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(convert)
@@ -92,7 +93,7 @@ def experiment() -> None:
         raise InputError(
             f"--teacher={FLAGS.teacher} has layers without attention: name the model that it was made from"
         )
-    recipe = convert.read_recipe(distil_config, model.config.num_layers)
+    recipe = read_recipe(distil_config, model.config.num_layers)
     workdir = run.Workdir(FLAGS.workdir, run.flag_settings(), FLAGS.resume)
     task = Seq2SeqTask(model.config.bos_id, model.config.eos_id)
     teacher = Teacher(model, task)

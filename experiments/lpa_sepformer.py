@@ -17,10 +17,8 @@ That all 16 intra-chunk layers of a SepFormer can be replaced without collapse i
 """
 
 import dataclasses
-import datetime
 import importlib.metadata
-import itertools
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,12 @@ import jax
 import numpy as np
 from absl import flags
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 
-from edgespeech.conversion.enhancement_task import EnhancementDistilConfig, EnhancementTeacher
-from edgespeech.conversion.mixers import control_factory, lpa_factory
-from edgespeech.conversion.run import Job, Progressive, replacement_order, run_sweep
+from edgespeech.conversion.enhancement_task import (
+    EnhancementDistilConfig,
+    EnhancementTeacher,
+    unseal_inter_chunk_layers,
+)
 from edgespeech.data.audio import read_audio
 from edgespeech.data.batching import BatchConfig
 from edgespeech.data.corpus import Corpus, subset
@@ -50,24 +49,22 @@ from edgespeech.evaluation.enhancement import (
 from edgespeech.evaluation.enhancement_plots import enhancement_curve, spectrograms
 from edgespeech.evaluation.enhancement_report import write_enhancement_report
 from edgespeech.evaluation.plots import sweep_bars
-from edgespeech.evaluation.report import device, versions
+from edgespeech.interop.pretrained import load_pretrained, save_pretrained
 from edgespeech.models.sepformer import SepFormer, SepFormerConfig
 from edgespeech.models.wav2vec2 import count_parameters
-from edgespeech.ops.sisnr import si_snr_loss
-from edgespeech.training.loop import train
-from edgespeech.training.state import (
-    LossFunction,
-    OptimizerConfig,
-    init_state,
-    make_optimizer,
-    make_step,
-)
+from edgespeech.training.enhancement import si_snr_objective
+from edgespeech.training.state import OptimizerConfig
 from edgespeech.types import SAMPLE_RATE
-from experiments import asr, convert, data_flags, program, run
+from experiments import asr, data_flags, program, recipe, run
+from experiments.facts import run_facts
+from experiments.fit import fit
 from experiments.flags import define_config, read_config
+from experiments.recipe import read_recipe
+from experiments.replacement import Measure, keep_hybrid, replace_layers
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(convert)
+flags.adopt_module_key_flags(data_flags)
+flags.adopt_module_key_flags(recipe)
 PRESETS = {
     "tiny": SepFormerConfig.tiny,
     # Published for 8 kHz; speech here is at 16.
@@ -104,6 +101,9 @@ flags.DEFINE_enum(
     "preset", "tiny", sorted(PRESETS), "Sizes of the model; --model.* change single ones."
 )
 define_config("model", SepFormerConfig.tiny(), skip=("num_speakers", "sample_rate"))
+flags.DEFINE_string(
+    "teacher", None, "A teacher that is trained already, such as WORKDIR/teacher of another run."
+)
 flags.DEFINE_integer("teacher_steps", 600, "Updates of the teacher.", lower_bound=1)
 define_config("optimizer", OPTIMIZER)
 
@@ -127,9 +127,11 @@ def experiment() -> None:
         raise InputError(
             f"--test_split={FLAGS.test_split} names {len(splits)} splits: give one, or join them by +"
         )
+    teacher_model = open_teacher(FLAGS.teacher) if FLAGS.teacher else None
+    if teacher_model is not None:
+        model_config = teacher_model.config
     num_layers = model_config.num_blocks * model_config.num_intra_layers
-    distil_config = read_config("distil", EnhancementDistilConfig())
-    recipe = convert.read_recipe(distil_config, num_layers)
+    how = read_recipe(read_config("distil", EnhancementDistilConfig()), num_layers)
     workdir = run.Workdir(FLAGS.workdir, run.flag_settings(), FLAGS.resume)
 
     # ---------------------------------------------------------------- data
@@ -151,57 +153,25 @@ def experiment() -> None:
     run.say(f"noisy: {spoken(noisy)}")
 
     # ---------------------------------------------------------------- teacher
-    with workdir.stage("teacher"):
-        model = train_teacher(workdir.path, model_config, optimizer_config, source, recipe.loop)
-        teacher = EnhancementTeacher(model)
+    if teacher_model is None:
+        folder = workdir.path / "teacher"
+        if not (folder / "model.json").exists():
+            with workdir.stage("teacher"):
+                teacher_model = train_teacher(
+                    workdir.path, model_config, optimizer_config, source, how.loop
+                )
+                facts = {"data": train_set.kind, "steps": FLAGS.teacher_steps}
+                save_pretrained(folder, teacher_model, None, facts)
+        teacher_model = open_teacher(folder)
+    teacher = EnhancementTeacher(teacher_model)
+    bench = EnhancementBench(workdir, test_source, train_set.kind)
     with workdir.stage("teacher evaluation"):
-        teacher_scores = score(
-            workdir.path, "teacher", teacher.graphdef, teacher.state, test_source
-        )
+        teacher_scores = bench.measure(teacher.graphdef)("teacher", teacher.state)
+    bench.teacher = teacher_scores
     run.say(f"teacher: {spoken(teacher_scores)}")
 
-    # ---------------------------------------------------------------- sweep
-    job = Job(workdir.path, source, recipe.seed, recipe.loop)
-    with workdir.stage("sweep"):
-        batches_of_dev = itertools.islice(dev_source.eval_batches(), HELDOUT_BATCHES)
-        heldout = [teacher.pairs(batch) for batch in batches_of_dev]
-        pulses, errors = run_sweep(
-            "lpa", teacher, lpa_factory(recipe.lpa), recipe.sweep_steps, heldout, job
-        )
-    order, most = replacement_order(errors), recipe.replaced[-1]
-    run.say("order of replacement: " + " ".join(str(i + 1) for i in order))
-
-    def row(path: Progressive, count: int, scores, against=None) -> dict[str, Any]:
-        layers = sorted(i + 1 for i in order[:count])
-        return summary(scores, against) | {
-            "replaced": count,
-            "layers": layers,
-            "parameters": count_parameters(path.hybrid()),
-        }
-
-    # ---------------------------------------------------------------- replace, distil, evaluate
-    rows: list[dict] = []
-    with workdir.stage("conversion lpa"):
-        path = Progressive("lpa", teacher, pulses, order[:most], recipe.distil, job)
-        for count in recipe.replaced:
-            path.advance(count)
-            scores = score(workdir.path, f"lpa_{count}", path.graphdef, path.state(), test_source)
-            rows.append(row(path, count, scores, teacher_scores))
-            run.say(f"{count} of {num_layers} layers replaced: {spoken(scores)}")
-
-    # ---------------------------------------------------------------- controls: same order, same budget
-    control_rows: list[dict] = []
-    for name in recipe.controls:
-        with workdir.stage(f"control {name}"):
-            factory = control_factory(name, recipe.window)
-            mixers, _ = run_sweep(name, teacher, factory, recipe.sweep_steps, heldout, job)
-            path = Progressive(name, teacher, mixers, order[:most], recipe.distil, job)
-            path.advance(most)
-            scores = score(
-                workdir.path, f"control_{name}", path.graphdef, path.state(), test_source
-            )
-            control_rows.append({"name": name} | row(path, most, scores))
-            run.say(f"control {name} in {most} layers: {spoken(scores)}")
+    # ---------------------------------------------------------------- sweep, replacement, controls
+    done = replace_layers(workdir, teacher, source, dev_source, HELDOUT_BATCHES, bench, how)
 
     # ---------------------------------------------------------------- report
     absent = missing_packages()
@@ -209,10 +179,10 @@ def experiment() -> None:
         name: "not installed" if name in absent else importlib.metadata.version(name)
         for name in OPTIONAL.values()
     }
-    report = {
+    facts = run_facts(workdir, how.seed)
+    facts["versions"] |= packages
+    report = facts | {
         "title": "intra-chunk attention to LPA: scores against the number of replaced layers",
-        "command": program.command_line(),
-        "date": datetime.date.today().isoformat(),
         "data": {
             "kind": train_set.kind,
             "description": asr.describe_data(train_set.kind),
@@ -227,25 +197,83 @@ def experiment() -> None:
         "teacher": summary(teacher_scores)
         | {
             "parameters": count_parameters(teacher.plain),
-            "steps": FLAGS.teacher_steps,
+            "steps": 0 if FLAGS.teacher else FLAGS.teacher_steps,
             "config": dataclasses.asdict(model_config),
         },
-        "sweep": [
-            {"layer": i + 1, "mse": e.mse, "relative_mse": e.relative_mse, "variance": e.variance}
-            for i, e in enumerate(errors)
-        ],
-        "order": [i + 1 for i in order],
-        "hybrids": rows,
-        "controls": control_rows,
-        "stages": [{"name": n, "seconds": s} for n, s in workdir.read_json("stages.json").items()],
-        "versions": versions() | packages,
-        "device": device(),
-        "seeds": {"seed": recipe.seed},
+        "sweep": done.sweep,
+        "order": [i + 1 for i in done.order],
+        "hybrids": done.hybrids,
+        "controls": done.controls,
         "notes": [n for corpus in (train_set, dev_set, test_set) for n in corpus.notes],
     }
     draw(workdir.path, report, teacher_scores)
     write_enhancement_report(workdir.path, report)
     run.say(f"report: {workdir.path / 'report.md'}")
+
+
+@dataclasses.dataclass
+class EnhancementBench:
+    """The `Bench` of enhancement: scores on the test mixtures.
+
+    Attributes:
+        workdir: of the run; audio, scores and hybrids stay in it.
+        source: the test mixtures.
+        kind: of the training data.
+        teacher: its scores, which every row is compared with.
+    """
+
+    workdir: run.Workdir
+    source: MixtureSource
+    kind: str
+    teacher: Sequence[UtteranceScores] | None = None
+
+    def measure(self, graphdef: nnx.GraphDef) -> Measure:
+        """See `Bench`; results are the scores of every utterance."""
+        enhance = enhancer(graphdef)
+        return lambda name, state: evaluate(
+            self.workdir.path, name, lambda batch: enhance(state, batch), self.source
+        )
+
+    def row(
+        self, results: Sequence[UtteranceScores], count: int, order: tuple[int, ...], model: Any
+    ) -> dict[str, Any]:
+        """See `Bench`."""
+        return summary(results, self.teacher) | {
+            "replaced": count,
+            "layers": sorted(i + 1 for i in order[:count]),
+            "parameters": count_parameters(unseal_inter_chunk_layers(model)),
+        }
+
+    def spoken(self, results: Sequence[UtteranceScores]) -> str:
+        """See `Bench`."""
+        return spoken(results)
+
+    def keep(
+        self, model: Any, count: int, order: tuple[int, ...], results: Sequence[UtteranceScores]
+    ) -> None:
+        """See `Bench`."""
+        layers, improvement = [i + 1 for i in order[:count]], summary(results)["improvement"]
+        facts = {"data": self.kind, "replaced": layers, "test_improvement_db": improvement}
+        keep_hybrid(self.workdir, unseal_inter_chunk_layers(model), count, None, facts)
+
+
+def open_teacher(folder: str | Path) -> SepFormer:
+    """A saved SepFormer for one voice at 16 kHz.
+
+    Raises:
+        InputError: there is none.
+    """
+    model, _, _ = load_pretrained(Path(folder))
+    if not isinstance(model, SepFormer):
+        raise InputError(f"{folder} is a {type(model).__name__}: name a saved SepFormer")
+    config = model.config
+    if (config.num_speakers, config.sample_rate) != (1, SAMPLE_RATE):
+        raise InputError(
+            f"{folder} is for {config.num_speakers} voices at {config.sample_rate} Hz: enhancement here needs one for "
+            f"1 voice at {SAMPLE_RATE} Hz"
+        )
+    model.mask_network.scan_layers = True
+    return model
 
 
 def spread(corpus: Corpus, count: int) -> Corpus:
@@ -262,57 +290,27 @@ def open_noise(train_set: Corpus, dev_set: Corpus, test_set: Corpus) -> list[Noi
     return [GeneratedNoise(corpus) for corpus in (train_set, dev_set, test_set)]
 
 
-def si_snr_objective(graphdef: nnx.GraphDef) -> LossFunction:
-    """The loss of a SepFormer on a `MixtureBatch`: see `si_snr_loss`."""
-
-    def loss(params, batch, key, step):
-        del key, step
-        model = nnx.merge(graphdef, params, copy=True)
-        estimates = model(batch.audio, batch.audio_lengths).estimates
-        return si_snr_loss(estimates, batch.targets, batch.audio_lengths, batch.weights), {}
-
-    return loss
-
-
 def train_teacher(workdir, model_config, optimizer_config, source, loop) -> SepFormer:
     """A teacher with the moving average of its parameters; a resumed run takes up its checkpoint."""
     model = SepFormer(model_config, rngs=nnx.Rngs(FLAGS.seed))
     model.mask_network.scan_layers = True
     graphdef, params = nnx.split(model)
-    _, unravel = ravel_pytree(params)
-    optimizer = make_optimizer(optimizer_config, FLAGS.teacher_steps, params)
-    decay = optimizer_config.average_decay
-    state = train(
+    average, _ = fit(
         "teacher",
-        make_step(si_snr_objective(graphdef), unravel, optimizer, decay),
-        init_state(params, optimizer),
+        si_snr_objective(graphdef),
+        params,
         source,
         FLAGS.teacher_steps,
         workdir=workdir,
-        settings=json.loads(
-            json.dumps(
-                {
-                    "steps": FLAGS.teacher_steps,
-                    "model": dataclasses.asdict(model_config),
-                    "optimizer": dataclasses.asdict(optimizer_config),
-                }
-            )
-        ),
+        settings={"model": dataclasses.asdict(model_config)},
+        optimizer=optimizer_config,
         seed=FLAGS.seed,
-        config=loop,
+        loop=loop,
     )
-    return nnx.merge(graphdef, unravel(state.average))
+    return nnx.merge(graphdef, average)
 
 
-def score(
-    workdir: Path, name: str, graphdef: nnx.GraphDef, state: nnx.State, source: MixtureSource
-) -> tuple[UtteranceScores, ...]:
-    """Scores of a model on the test set; see `evaluate`."""
-    run_model = enhancer(graphdef)
-    return evaluate(workdir, name, lambda batch: run_model(state, batch), source)
-
-
-def spoken(scores: tuple[UtteranceScores, ...]) -> str:
+def spoken(scores: Sequence[UtteranceScores]) -> str:
     """The means, for the terminal."""
     means = summary(scores)
     return (
@@ -321,7 +319,7 @@ def spoken(scores: tuple[UtteranceScores, ...]) -> str:
     )
 
 
-def draw(workdir: Path, report: dict, teacher_scores: tuple[UtteranceScores, ...]) -> None:
+def draw(workdir: Path, report: dict, teacher_scores: Sequence[UtteranceScores]) -> None:
     """Draws sweep, scores, losses, and the spectrograms of one utterance into `plots/`."""
     plots, note = workdir / "plots", f"{report['data']['kind']} data"
     sweep_bars(plots / "sweep.png", report["sweep"], note)

@@ -18,10 +18,8 @@ statistics of the last step; the learning rate ends so low that the two go toget
 """
 
 import dataclasses
-import datetime
 import functools
 import itertools
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +27,9 @@ from pathlib import Path
 import jax
 from absl import flags
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 
 from edgespeech.data.batching import BatchConfig, BatchSource
+from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
 from edgespeech.evaluation.exit_curves import CALIBRATED, analyse
 from edgespeech.evaluation.exit_plots import wer_against_compute, wer_against_layer
@@ -42,17 +40,18 @@ from edgespeech.evaluation.exit_scores import (
     load_exit_scores,
     save_exit_scores,
 )
-from edgespeech.evaluation.report import device, versions
 from edgespeech.evaluation.wer import paired_bootstrap
 from edgespeech.inference.exit_policy import ExitPolicy, save_policy
 from edgespeech.inference.exit_predictor import save_predictor
-from edgespeech.interop.exit_model import load_exit_model, save_exit_model
+from edgespeech.interop.pretrained import load_pretrained, save_pretrained
 from edgespeech.models.splitformer import Placement, Splitformer, SplitformerConfig
 from edgespeech.models.wav2vec2 import count_parameters
 from edgespeech.training.exits import ExitLossConfig, exit_objective
-from edgespeech.training.loop import LoopConfig, train
-from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
+from edgespeech.training.loop import LoopConfig
+from edgespeech.training.state import OptimizerConfig
 from experiments import asr, data_flags, program, run, tokenizer_flags
+from experiments.facts import run_facts
+from experiments.fit import fit
 from experiments.flags import define_config, read_config
 
 FLAGS = flags.FLAGS
@@ -139,8 +138,10 @@ def experiment() -> None:
                     workdir.path, name, config, loss_config, optimizer_config, source
                 )
                 facts = {"data": train_set.kind, "steps": FLAGS.steps, "model": name}
-                save_exit_model(folder, model, tokenizer, facts)
-        model, tokenizer, _ = load_exit_model(folder)
+                save_pretrained(folder, model, tokenizer, facts)
+        model, tokenizer, _ = load_pretrained(folder)
+        assert isinstance(model, Splitformer)
+        assert isinstance(tokenizer, Tokenizer)
         graphdef, state = nnx.split(model)
         with workdir.stage(f"{name} evaluation"):
             decoder = ExitDecoder(graphdef, tokenizer, FLAGS.n_best)
@@ -173,10 +174,9 @@ def experiment() -> None:
 
     # ---------------------------------------------------------------- report
     corpora = (train_set, dev_set, *test_sets.values())
-    report = {
+    facts = run_facts(workdir, FLAGS.seed)
+    report = facts | {
         "title": "early exits and parallel branches",
-        "command": program.command_line(),
-        "date": datetime.date.today().isoformat(),
         "data": asr.data_facts(
             train_set, dev_set, test_sets, source, [dev_source, *test_sources.values()]
         ),
@@ -186,10 +186,6 @@ def experiment() -> None:
             for name, exits in zip(names[1:], results[1:], strict=True)
             for exit, paired in enumerate(map(paired_bootstrap, results[0], exits), 1)
         ],
-        "stages": [{"name": n, "seconds": s} for n, s in workdir.read_json("stages.json").items()],
-        "versions": versions(),
-        "device": device(),
-        "seeds": {"seed": FLAGS.seed},
         "notes": [note for corpus in corpora for note in corpus.notes],
     }
     note = f"{train_set.kind} data"
@@ -229,31 +225,20 @@ def train_model(
     """A model with the moving average of its parameters; seed, order of the data and steps are the same for all."""
     model = Splitformer(config, rngs=nnx.Rngs(FLAGS.seed))
     graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
-    _, unravel = ravel_pytree(params)
-    optimizer = make_optimizer(optimizer_config, FLAGS.steps, params)
-    settings = {
-        "steps": FLAGS.steps,
-        "model": dataclasses.asdict(config),
-        "loss": dataclasses.asdict(loss_config),
-        "optimizer": dataclasses.asdict(optimizer_config),
-    }
-    state = train(
+    average, statistics = fit(
         name,
-        make_step(
-            exit_objective(graphdef, loss_config),
-            unravel,
-            optimizer,
-            optimizer_config.average_decay,
-        ),
-        init_state(params, optimizer, statistics),
+        exit_objective(graphdef, loss_config),
+        params,
         source,
         FLAGS.steps,
         workdir=workdir,
-        settings=json.loads(json.dumps(settings)),
+        settings={"model": dataclasses.asdict(config), "loss": dataclasses.asdict(loss_config)},
+        optimizer=optimizer_config,
         seed=FLAGS.seed,
-        config=LoopConfig(save_every=FLAGS.save_every, quiet=FLAGS.quiet),
+        loop=LoopConfig(save_every=FLAGS.save_every, quiet=FLAGS.quiet),
+        extra=statistics,
     )
-    return nnx.merge(graphdef, unravel(state.average), state.extra)
+    return nnx.merge(graphdef, average, statistics)
 
 
 def evaluate(

@@ -52,7 +52,11 @@ class Sealed(nnx.Module):
 
     def __call__(self, *inputs, **settings):
         """What the module makes of the inputs."""
-        return nnx.merge(self.graphdef, self.state)(*inputs, **settings)
+        return self.opened()(*inputs, **settings)
+
+    def opened(self) -> Any:
+        """The module."""
+        return nnx.merge(self.graphdef, self.state)
 
 
 def seal_inter_chunk_layers(model: SepFormer) -> SepFormer:
@@ -60,6 +64,14 @@ def seal_inter_chunk_layers(model: SepFormer) -> SepFormer:
     model = nnx.clone(model)
     for block in model.mask_network.blocks:
         block.inter = Sealed(block.inter)  # pyright: ignore[reportAttributeAccessIssue]
+    return model
+
+
+def unseal_inter_chunk_layers(model: SepFormer) -> SepFormer:
+    """A copy of a model with sealed layers, as it was before `seal_inter_chunk_layers`."""
+    model = nnx.clone(model)
+    for block in model.mask_network.blocks:
+        block.inter = block.inter.opened()  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 

@@ -22,7 +22,7 @@ from flax import nnx
 from edgespeech.data.audio import SAMPLE_RATE, read_audio, to_int16
 from edgespeech.data.corpus import write_atomically
 from edgespeech.data.mixtures import MixtureBatch, MixtureSource
-from edgespeech.evaluation.wer import _bootstrap_interval
+from edgespeech.evaluation.wer import bootstrap_interval
 from edgespeech.ops.sisnr import si_snr_reference
 
 OPTIONAL = {"pesq": "pesq", "stoi": "pystoi"}  # metric: the package that it needs
@@ -220,7 +220,7 @@ def summary(
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """95 % interval of a mean, by the bootstrap over utterances that WER has."""
-    return _bootstrap_interval(values, np.ones(len(values)))
+    return bootstrap_interval(values, np.ones(len(values)))
 
 
 def _mean(values: list[float]) -> float:

@@ -8,16 +8,16 @@ import numpy as np
 from matplotlib import colormaps
 
 from edgespeech.errors import InputError
-from edgespeech.evaluation.plots import (
-    _SHADES,
+from edgespeech.evaluation.drawing import (
     BLUE,
     GREY,
     RED,
-    _aside,
-    _at_most_columns,
-    _figure,
-    _label_at_right,
-    _save,
+    SHADES,
+    at_most_columns,
+    label_at_right,
+    new_figure,
+    save_figure,
+    shift_aside,
 )
 from edgespeech.types import SAMPLE_RATE
 
@@ -40,7 +40,7 @@ def enhancement_curve(
     """
     curve = [{**teacher, "replaced": 0}, *sorted(hybrids, key=lambda row: row["replaced"])]
     panels = [panel for panel in _PANELS if np.isfinite([row[panel[0]] for row in curve]).any()]
-    figure, axes = _figure(len(panels), 1, height=0.8 + 2.6 * len(panels), sharex=True)
+    figure, axes = new_figure(len(panels), 1, height=0.8 + 2.6 * len(panels), sharex=True)
     most = max(row["replaced"] for row in [*curve, *controls])
     for axis, (key, label) in zip(axes[:, 0], panels, strict=True):
         x = np.asarray([row["replaced"] for row in curve], float)
@@ -51,7 +51,7 @@ def enhancement_curve(
         axis.axhline(noisy[key], color=GREY, ls=":", lw=1, label="noisy")
         if controls:
             x = np.asarray([row["replaced"] for row in controls], float)
-            x = x + _aside(x) * most / 8
+            x = x + shift_aside(x) * most / 8
             y = np.asarray([row[key] for row in controls], float)
             bars = _bars(controls, y) if key == "improvement" else None
             axis.errorbar(
@@ -60,13 +60,13 @@ def enhancement_curve(
             shown = np.isfinite(y)
             if shown.any():
                 names = [row["name"] for row, show in zip(controls, shown, strict=True) if show]
-                _label_at_right(axis, names, x[shown], y[shown])
+                label_at_right(axis, names, x[shown], y[shown])
         axis.set(ylabel=label, xticks=[row["replaced"] for row in curve])
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].legend(loc="best", fontsize=8)
     axes[-1, 0].set(xlabel="intra-chunk layers replaced")
     figure.suptitle(f"Enhancement over replaced layers, {note}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _bars(rows: Sequence[Mapping[str, Any]], means: np.ndarray) -> np.ndarray:
@@ -89,15 +89,15 @@ def spectrograms(path: str | Path, signals: Mapping[str, np.ndarray], note: str)
             raise InputError(f"{name!r} has {len(signal)} samples: give {_WINDOW} or more")
     levels = {name: spectrogram_db(signal) for name, signal in signals.items()}
     top = max(level.max() for level in levels.values())
-    figure, axes = _figure(len(levels), 1, height=0.5 + 1.6 * len(levels), sharex=True)
+    figure, axes = new_figure(len(levels), 1, height=0.5 + 1.6 * len(levels), sharex=True)
     for axis, (name, level) in zip(axes[:, 0], levels.items(), strict=True):
         axis.imshow(
-            _at_most_columns(level).T,
+            at_most_columns(level).T,
             aspect="auto",
             interpolation="nearest",
             origin="lower",
             extent=(0, len(level) * _HOP / SAMPLE_RATE, 0, SAMPLE_RATE / 2000),
-            cmap=colormaps["magma"].resampled(_SHADES),
+            cmap=colormaps["magma"].resampled(SHADES),
             vmin=top - _RANGE_DB,
             vmax=top,
         )
@@ -105,7 +105,7 @@ def spectrograms(path: str | Path, signals: Mapping[str, np.ndarray], note: str)
         axis.set_ylabel("kHz", fontsize=8)
     axes[-1, 0].set_xlabel("time, s", fontsize=9)
     figure.suptitle(f"One test utterance, {note}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def spectrogram_db(signal: np.ndarray) -> np.ndarray:

@@ -1,29 +1,28 @@
 """The report of an enhancement experiment: report.json for programs, report.md for people; `report` has WER's."""
 
-import json
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from edgespeech.evaluation.enhancement import OPTIONAL
-from edgespeech.evaluation.report import (
-    _SPLIT,
-    SCHEMA,
-    _device,
-    _duration,
-    _join,
-    _json,
-    _number,
-    _pairs,
-    _plain,
-    _table,
-    _validate,
+from edgespeech.evaluation.report import DELTA, REPLACED, SCHEMA, SPLIT
+from edgespeech.evaluation.report_text import (
+    data_section,
+    image_links,
+    join,
+    json_text,
+    run_section,
+    sweep_section,
+    synthetic_mark,
+    synthetic_warning,
+    table,
+    write_files,
 )
+from edgespeech.evaluation.schema import validate
 
 _SCORES = {"si_snr": Real, "improvement": Real, "ci": (Real, Real), "pesq": Real, "stoi": Real}
 _SYSTEM = {**_SCORES, "parameters": Integral}
-_REPLACED = {"replaced": Integral, "layers": [Integral]}
 
 ENHANCEMENT_SCHEMA = {
     **{key: SCHEMA[key] for key in ("title", "command", "date", "sweep", "order", "stages")},
@@ -33,15 +32,13 @@ ENHANCEMENT_SCHEMA = {
         "description": str,
         "noise": str,
         "snr_db": [Real],
-        **dict.fromkeys(("train", "dev", "test"), _SPLIT),
+        **dict.fromkeys(("train", "dev", "test"), SPLIT),
     },
     "missing": [str],  # packages: their scores are NaN
     "noisy": _SCORES,  # of the test set as it came
     "teacher": {**_SYSTEM, "steps": Integral, "config": object},
-    "hybrids": [
-        {**_SYSTEM, **_REPLACED, "delta_vs_teacher": {"difference": Real, "ci": (Real, Real)}}
-    ],
-    "controls": [{"name": str, **_SYSTEM, **_REPLACED}],
+    "hybrids": [{**_SYSTEM, **REPLACED, **DELTA}],
+    "controls": [{"name": str, **_SYSTEM, **REPLACED}],
 }
 
 
@@ -53,16 +50,13 @@ def write_enhancement_report(workdir: Path, report: Mapping[str, Any]) -> None:
     Raises:
         InputError: a key of `ENHANCEMENT_SCHEMA` is missing, or a value has another type.
     """
-    _validate(report, ENHANCEMENT_SCHEMA, "report")
-    text = json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False)
-    (workdir / "report.json").write_text(text + "\n", encoding="utf-8")
-    images = [path.relative_to(workdir) for path in sorted(workdir.rglob("*.png"))]
-    (workdir / "report.md").write_text(_render(report, images), encoding="utf-8")
+    validate(report, ENHANCEMENT_SCHEMA, "report")
+    write_files(workdir, report, _render)
 
 
 def _render(report: Mapping[str, Any], images: Sequence[Path]) -> str:
     data, teacher, missing = report["data"], report["teacher"], report["missing"]
-    mark = " (synthetic data)" if data["kind"] == "synthetic" else ""
+    mark = synthetic_mark(data)
 
     def score(row: Mapping[str, Any], metric: str, form: str) -> str:
         if OPTIONAL[metric] in missing:
@@ -77,32 +71,25 @@ def _render(report: Mapping[str, Any], images: Sequence[Path]) -> str:
         ]
 
     def system(row: Mapping[str, Any]) -> list[Any]:
-        return [row["replaced"], _join(row["layers"]), *scores(row), f"{row['parameters']:,}"]
+        return [row["replaced"], join(row["layers"]), *scores(row), f"{row['parameters']:,}"]
 
     header = ["replaced", "layers", "SI-SNR, dB", "SI-SNRi, dB", "95 % CI", "PESQ", "STOI"]
     header.append("parameters")
     deltas = [row["delta_vs_teacher"] for row in report["hybrids"]]
     blocks = [
         f"# Report of an enhancement experiment: {report['title']}",
-        *(
-            [
-                f"**Synthetic data: {data['description']}.** The numbers compare systems on this data only and are no "
-                "result on recorded speech."
-            ]
-            if mark
-            else []
-        ),
-        f"Date: {report['date']}. Data: {data['kind']}, noise: {data['noise']}, at {_join(data['snr_db'])} dB. Layers "
+        *synthetic_warning(data),
+        f"Date: {report['date']}. Data: {data['kind']}, noise: {data['noise']}, at {join(data['snr_db'])} dB. Layers "
         "are the intra-chunk ones, numbered from 1. SI-SNRi is the improvement of SI-SNR over the noisy audio; scores "
         "are means over utterances, intervals 95 % bootstraps over them. The audio is in `audio/`.",
         *(
-            [f"Not installed: {_join(missing)}; `pip install 'edgespeech[enhancement]'`."]
+            [f"Not installed: {join(missing)}; `pip install 'edgespeech[enhancement]'`."]
             if missing
             else []
         ),
         f"```\n{report['command']}\n```",
         "## Scores",
-        _table(
+        table(
             f"Scores for every number of replaced layers{mark}",
             [*header, "SI-SNRi - teacher", "95 % CI of the difference"],
             [
@@ -114,53 +101,18 @@ def _render(report: Mapping[str, Any], images: Sequence[Path]) -> str:
                 ),
             ],
         ),
-        _table(
+        table(
             f"Controls on the same test set{mark}",
             ["control", *header],
             [[row["name"], *system(row)] for row in report["controls"]],
         ),
-        "## Sweep",
-        _table(
-            f"Each layer replaced on its own{mark}: masked MSE to the attention output, and that "
-            "MSE / variance of the output",
-            ["layer", "MSE", "MSE / variance", "variance"],
-            [
-                [row["layer"], *(_number(row[k]) for k in ("mse", "relative_mse", "variance"))]
-                for row in report["sweep"]
-            ],
-        ),
-        f"Order of replacement: {_join(report['order'])}.",
-        *(f"![{path.stem.replace('_', ' ')}{mark}]({path.as_posix()})" for path in images),
-        "## Data",
-        data["description"],
-        _table(
-            f"Splits{mark}",
-            ["split", "utterances", "hours", "speakers"],
-            [
-                [
-                    *(split, f"{data[split]['utterances']:,}", f"{data[split]['hours']:.2f}"),
-                    f"{data[split]['speakers']:,}",
-                ]
-                for split in ("train", "dev", "test")
-            ],
-        ),
-        "## Run",
-        _table(
-            f"Time per stage{mark}",
-            ["stage", "time"],
-            [
-                *([row["name"], _duration(row["seconds"])] for row in report["stages"]),
-                ["all", _duration(sum(row["seconds"] for row in report["stages"]))],
-            ],
-        ),
-        "\n".join(
-            [
-                f"- Device: {_device(report['device'])}",
-                f"- Versions: {_pairs(report['versions'])}",
-                f"- Seeds: {_json(report['seeds'])}",
-                f"- Teacher's config: `{_json(teacher['config'])}`, {teacher['steps']:,} steps",
-                *(f"- {note}" for note in report["notes"]),
-            ]
+        *sweep_section(report, mark),
+        *image_links(images, mark),
+        *data_section(data, mark),
+        *run_section(
+            report,
+            mark,
+            [f"Teacher's config: `{json_text(teacher['config'])}`, {teacher['steps']:,} steps"],
         ),
     ]
     return "\n\n".join(blocks) + "\n"

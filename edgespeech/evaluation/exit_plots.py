@@ -6,7 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from edgespeech.evaluation.plots import BLUE, GREEN, GREY, ORANGE, RED, _figure, _save, _scale
+from edgespeech.evaluation.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    choose_scale,
+    new_figure,
+    save_figure,
+)
 
 PURPLE, SKY = "#CC79A7", "#56B4E9"  # two more of Okabe and Ito's palette
 _LINES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"))
@@ -18,7 +27,7 @@ def wer_against_layer(path: str | Path, models: Sequence[Mapping[str, Any]], not
 
     models: those of the report: `name`, and `exits` with `layer`, `wer` and `ci`.
     """
-    figure, axes = _figure(1, 1, height=4.0)
+    figure, axes = new_figure(1, 1, height=4.0)
     axis = axes[0, 0]
     values = []
     for index, model in enumerate(models):
@@ -32,12 +41,12 @@ def wer_against_layer(path: str | Path, models: Sequence[Mapping[str, Any]], not
             capsize=3, label=model["name"],
         )  # fmt: skip
         values.append(wer)
-    _scale(axis, np.concatenate(values))
+    choose_scale(axis, np.concatenate(values))
     axis.set(xlabel="layer of the exit", ylabel="WER, %", xticks=layers)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize=8)
     figure.suptitle(f"Word error rate of every exit, {note}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def wer_against_compute(path: str | Path, model: Mapping[str, Any], note: str) -> None:
@@ -45,7 +54,7 @@ def wer_against_compute(path: str | Path, model: Mapping[str, Any], note: str) -
 
     model: one of the report: `name`, `exits`, `curves` and `oracle`, whose rows have `macs_per_second` and `wer`.
     """
-    figure, axes = _figure(1, 1, height=4.6)
+    figure, axes = new_figure(1, 1, height=4.6)
     axis = axes[0, 0]
 
     def draw(rows: Sequence[Mapping[str, Any]], **style) -> None:
@@ -58,9 +67,9 @@ def wer_against_compute(path: str | Path, model: Mapping[str, Any], note: str) -
         label = rule.replace("_", " ")
         draw(rows, color=colour, marker=".", lw=1.2, alpha=0.9, label=label)
     draw(model["oracle"], color=GREY, ls="--", lw=1.5, label="oracle")
-    _scale(axis, 100 * np.array([row["wer"] for row in [*model["exits"], *model["oracle"]]]))
+    choose_scale(axis, 100 * np.array([row["wer"] for row in [*model["exits"], *model["oracle"]]]))
     axis.set(xlabel="million multiply-accumulates per second of audio", ylabel="WER, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.suptitle(f"{model['name']}: word error rate over compute, {note}")
-    _save(figure, path)
+    save_figure(figure, path)

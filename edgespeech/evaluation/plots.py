@@ -1,7 +1,6 @@
 """Plots of a conversion experiment, as PNG files sized for the width of a README page.
 
-`note` says the kind of data, such as "synthetic data", and goes into the title. The colours are the
-palette of Okabe and Ito, which colour-blind readers can tell apart. Layers are numbered from 1.
+`note` says the kind of data, such as "synthetic data", and goes into the title. Layers are numbered from 1.
 """
 
 import itertools
@@ -12,21 +11,28 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from PIL import Image
+from matplotlib.ticker import MaxNLocator
 
 from edgespeech.errors import InputError
+from edgespeech.evaluation.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    SHADES,
+    at_most_columns,
+    choose_scale,
+    label_at_right,
+    new_figure,
+    save_figure,
+    shift_aside,
+    wer_intervals,
+)
 
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 FEATURE_SECONDS = 0.01  # one feature frame, see edgespeech/types.py
-_DPI = 130
-_SHADES, _GATE_SHADES = 40, 12  # few enough for a palette PNG to keep them all
-_MOST_COLUMNS = 480  # of a spectrogram: finer ones are lost at this width and double the file
-_LOG_RANGE = 15  # values that spread wider than this are unreadable on a linear axis
+_GATE_SHADES = 12  # few enough for a palette PNG to keep them all
 
 
 def sweep_bars(path: str | Path, sweep: Sequence[Mapping[str, Any]], note: str) -> None:
@@ -36,7 +42,7 @@ def sweep_bars(path: str | Path, sweep: Sequence[Mapping[str, Any]], note: str) 
     """
     rows = sorted(sweep, key=lambda row: row["layer"])
     layers = [str(row["layer"]) for row in rows]
-    figure, axes = _figure(1, 2, height=3.4)
+    figure, axes = new_figure(1, 2, height=3.4)
     panels = (("mse", "MSE", BLUE), ("relative_mse", "MSE / variance", ORANGE))
     for axis, (key, label, colour) in zip(axes.flat, panels, strict=True):
         values = np.array([row[key] for row in rows], float)
@@ -46,10 +52,10 @@ def sweep_bars(path: str | Path, sweep: Sequence[Mapping[str, Any]], note: str) 
         for index in np.flatnonzero(~np.isfinite(values)):
             axis.text(index, 0.02, "n/a", ha="center", transform=axis.get_xaxis_transform())
         axis.margins(y=0.18)
-        _scale(axis, values)
+        choose_scale(axis, values)
         axis.set(xlabel="replaced layer", title=label)
     figure.suptitle(f"How hard each layer is to replace, {note}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def wer_curve(
@@ -64,16 +70,16 @@ def wer_curve(
     teacher, hybrids, controls: rows of the report: `wer` and `ci` as fractions, `replaced`, and
     `name` for controls. Test splits after the first get a curve of their own, without controls.
     """
-    figure, axes = _figure(1, 1, height=4.0)
+    figure, axes = new_figure(1, 1, height=4.0)
     axis = axes[0, 0]
     curve = [{**teacher, "replaced": 0}, *sorted(hybrids, key=lambda row: row["replaced"])]
-    x, wer, bars = _intervals(curve)
+    x, wer, bars = wer_intervals(curve)
     axis.errorbar(x, wer, bars, color=BLUE, marker="o", capsize=3, label="hybrids", zorder=3)
     axis.axhspan(*(100 * bound for bound in teacher["ci"]), color=GREY, alpha=0.2, lw=0)
     axis.axhline(100 * teacher["wer"], color=GREY, ls="--", lw=1, label="teacher, 95 % CI")
     if controls:
-        x_controls, wer_controls, bars = _intervals(controls)
-        x_controls = x_controls + _aside(x_controls)
+        x_controls, wer_controls, bars = wer_intervals(controls)
+        x_controls = x_controls + shift_aside(x_controls)
         axis.errorbar(
             x_controls, wer_controls, bars, color=RED, ls="", marker="D", ms=5, capsize=3,
             label="controls",
@@ -81,20 +87,20 @@ def wer_curve(
         wer = np.concatenate([wer, wer_controls])
     for colour, split in zip(itertools.cycle((GREEN, ORANGE)), teacher.get("splits", {})):
         rows = [{**row["splits"][split], "replaced": row["replaced"]} for row in curve]
-        x, further, bars = _intervals(rows)
+        x, further, bars = wer_intervals(rows)
         axis.errorbar(
             x, further, bars, color=colour, marker="s", ms=4, capsize=3, label=f"hybrids, {split}"
         )
         wer = np.concatenate([wer, further])
-    _scale(axis, wer)
+    choose_scale(axis, wer)
     if controls:
-        _label_at_right(axis, [row["name"] for row in controls], x_controls, wer_controls)
+        label_at_right(axis, [row["name"] for row in controls], x_controls, wer_controls)
     most = max(row["replaced"] for row in [*curve, *controls])
     axis.set(xlabel="layers replaced", ylabel="WER, %", xticks=range(most + 1))
     axis.grid(axis="y", alpha=0.3)
     axis.legend(loc="upper left", fontsize=8)
     figure.suptitle(f"Word error rate over replaced layers, {note}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def pulses_over_spectrogram(
@@ -121,18 +127,18 @@ def pulses_over_spectrogram(
     if not gates:
         raise InputError("no gates to draw: give at least one kind of pulse")
     heights = [3.0, *(0.5 + 0.12 * min(len(g), 16) for g in gates.values())]
-    figure, axes = _figure(len(heights), 1, sum(heights), sharex=True, height_ratios=heights)
+    figure, axes = new_figure(len(heights), 1, sum(heights), sharex=True, height_ratios=heights)
     top, *panels = axes[:, 0]
     frames, bins = log_mel.shape
     seconds = frames * FEATURE_SECONDS
     low, high = np.percentile(log_mel, [2, 99.8])
     top.imshow(
-        _at_most_columns(log_mel).T,
+        at_most_columns(log_mel).T,
         aspect="auto",
         interpolation="nearest",
         origin="lower",
         extent=(0, seconds, 0, bins),
-        cmap=colormaps["magma"].resampled(_SHADES),
+        cmap=colormaps["magma"].resampled(SHADES),
         vmin=low,
         vmax=high,
     )
@@ -163,7 +169,7 @@ def pulses_over_spectrogram(
         axis.set_ylabel(kind)
     panels[-1].set(xlabel="time, s", xlim=(0, seconds))
     figure.align_ylabels()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def loss_curves(
@@ -180,7 +186,7 @@ def loss_curves(
         raise InputError("no loss curves to draw: give at least one stage")
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
-    figure, axes = _figure(rows, columns, height=0.6 + 2.1 * rows)
+    figure, axes = new_figure(rows, columns, height=0.6 + 2.1 * rows)
     for axis, (stage, (steps, losses)) in zip(axes.flat, curves.items(), strict=False):
         if len(steps) != len(losses):
             raise InputError(f"stage {stage!r} has {len(steps)} steps and {len(losses)} losses")
@@ -193,7 +199,7 @@ def loss_curves(
             axis.plot(steps[window // 2 : -(window // 2)], mean, color=BLUE, lw=1.5)
         # Over all steps, so that a stage whose loss stopped being finite shows where.
         axis.update_datalim(np.column_stack([steps, np.zeros(len(steps))]), updatey=False)
-        _scale(axis, losses)
+        choose_scale(axis, losses)
         axis.set_title(stage, fontsize=9)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(curves) :]:
@@ -201,87 +207,4 @@ def loss_curves(
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("loss", fontsize=9)
     figure.suptitle(f"Training loss, {note}")
-    _save(figure, path)
-
-
-def _figure(rows: int, columns: int, height: float, **layout) -> tuple[Figure, np.ndarray]:
-    # Outside pyplot: no global state, no window, nothing to close.
-    figure = Figure(figsize=(8, height), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **layout)
-    for axis in axes.flat:
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    canvas.draw()
-    # A palette of 256 colours halves the file.
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-
-
-def _at_most_columns(log_mel: np.ndarray) -> np.ndarray:
-    """Average neighbouring feature frames, [f m] -> at most [_MOST_COLUMNS m]."""
-    edges = np.linspace(0, len(log_mel), min(len(log_mel), _MOST_COLUMNS) + 1).astype(int)
-    return np.add.reduceat(log_mel, edges[:-1], axis=0) / np.diff(edges)[:, None]
-
-
-def _scale(axis: Axes, values: np.ndarray) -> None:
-    """Choose a linear axis from 0, or a logarithmic one for positive values that spread widely."""
-    finite = values[np.isfinite(values)]
-    spread = finite.max() / finite.min() if len(finite) and finite.min() > 0 else 1
-    if spread > _LOG_RANGE:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 1000 else (1,)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
-    elif len(finite) and finite.min() >= 0:
-        axis.set_ylim(bottom=0)
-
-
-def _intervals(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Number of replaced layers, WER in percent, and the two lengths of each error bar."""
-    wer = 100 * np.array([row["wer"] for row in rows], float)
-    low, high = 100 * np.array([row["ci"] for row in rows], float).T
-    return (
-        np.array([row["replaced"] for row in rows], float),
-        wer,
-        np.array([wer - low, high - wer]),
-    )
-
-
-def _aside(x: np.ndarray) -> np.ndarray:
-    """Shift points of equal x to the right of it, side by side."""
-    rank = np.array([np.sum(x[:i] == x[i]) for i in range(len(x))])
-    return 0.1 * (rank + 1)
-
-
-def _label_at_right(axis: Axes, names: Sequence[str], x: np.ndarray, y: np.ndarray) -> None:
-    """Write names in a column beside the axes, pushed apart, each with a line to its point."""
-    axis.autoscale_view()
-    to_fraction = axis.transData + axis.transAxes.inverted()
-    wanted = to_fraction.transform(np.column_stack([x, y]))[:, 1]
-    order = np.argsort(wanted)
-    gap = min(0.07, 1 / max(1, len(names) - 1))
-    # Packed upwards from each wanted height, then back down from the top where that overflows.
-    heights = np.clip(wanted[order], 0, 1)
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    heights[-1] = min(heights[-1], 1)
-    for i in range(len(heights) - 2, -1, -1):
-        heights[i] = min(heights[i], heights[i + 1] - gap)
-    for i, height in zip(order, heights, strict=True):
-        axis.annotate(
-            str(names[i]),
-            (x[i], y[i]),
-            xytext=(1.04, height),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkB": 4},
-        )
+    save_figure(figure, path)

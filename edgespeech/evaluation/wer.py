@@ -133,7 +133,7 @@ def score(ids: Sequence[str], references: Sequence[str], hypotheses: Sequence[st
         wer=int(errors.sum()) / int(words.sum()),
         errors=int(errors.sum()),
         words=int(words.sum()),
-        ci=_bootstrap_interval(errors, words),
+        ci=bootstrap_interval(errors, words),
         cer=jiwer.process_characters(references, hypotheses).cer,
         utterances=rows,
     )
@@ -163,7 +163,7 @@ def paired_bootstrap(result_a: WerResult, result_b: WerResult) -> WerDifference:
             )
     words = np.array([row.words for row in result_a.utterances])
     extra = np.array([rows_b[row.id].errors - row.errors for row in result_a.utterances])
-    return WerDifference(int(extra.sum()) / int(words.sum()), _bootstrap_interval(extra, words))
+    return WerDifference(int(extra.sum()) / int(words.sum()), bootstrap_interval(extra, words))
 
 
 def _count(utterance: str, reference: str, hypothesis: str, chunks) -> WordErrors:
@@ -184,7 +184,7 @@ def _count(utterance: str, reference: str, hypothesis: str, chunks) -> WordError
     )
 
 
-def _bootstrap_interval(errors: np.ndarray, words: np.ndarray) -> tuple[float, float]:
+def bootstrap_interval(errors: np.ndarray, words: np.ndarray) -> tuple[float, float]:
     """Percentile interval of sum(errors) / sum(words) over utterances drawn with replacement."""
     rng = np.random.default_rng(_SEED)
     size = len(words)

@@ -17,8 +17,8 @@ WHEEL_NAME = "wheel"
 
 def open_model(
     path_or_id: str | Path, padding: Padding | None = None
-) -> tuple[Model, AnyTokenizer, dict[str, Any]]:
-    """A model with its tokenizer, and what is known about it.
+) -> tuple[Model, AnyTokenizer | None, dict[str, Any]]:
+    """A model with its tokenizer (None for one that writes no text), and what is known about it.
 
     Args:
         path_or_id: a folder that `save_pretrained` wrote (it has a `model.json`); a checkpoint of Hugging Face's

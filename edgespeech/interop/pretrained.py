@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
@@ -16,41 +17,72 @@ from edgespeech.data.corpus import write_atomically
 from edgespeech.data.tokenizer import Tokenizer, load_tokenizer
 from edgespeech.errors import InputError
 from edgespeech.interop.moonshine_tokenizer import PieceTokenizer, load_piece_tokenizer
-from edgespeech.interop.tensors import named_params, require_tensors
+from edgespeech.interop.tensors import named_variables, require_tensors
 from edgespeech.models.moonshine import Moonshine, MoonshineConfig
+from edgespeech.models.sepformer import SepFormer, SepFormerConfig
+from edgespeech.models.splitformer import Splitformer, SplitformerConfig
 from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import LPA, LPAConfig, harden
+from edgespeech.nn.relative_attention import RelativeSelfAttention
 from edgespeech.nn.rotary import RotarySelfAttention
 from edgespeech.nn.token_mixer_controls import WINDOWED, Removed, sliding_window
 from edgespeech.ops.features import SpecAugmentConfig
 
 FORMAT = 1
-FAMILIES = {"wav2vec2": Wav2Vec2, "moonshine": Moonshine}
-Model = Wav2Vec2 | Moonshine
+Model = Wav2Vec2 | Moonshine | Splitformer | SepFormer
 AnyTokenizer = Tokenizer | PieceTokenizer
+Attention = SelfAttention | RotarySelfAttention | RelativeSelfAttention
+
+
+class Family(NamedTuple):
+    """How the models of one family are made again.
+
+    Attributes:
+        model: class of the model, made of `(config, rngs=...)`.
+        config: class of its configuration.
+        load_tokenizer: reads the tokenizer of a folder; None: the family writes no text.
+    """
+
+    model: type[Model]
+    config: type
+    load_tokenizer: Callable[[Path], AnyTokenizer] | None
+
+
+FAMILIES = {
+    "wav2vec2": Family(Wav2Vec2, Wav2Vec2Config, load_tokenizer),
+    "moonshine": Family(Moonshine, MoonshineConfig, load_piece_tokenizer),
+    "splitformer": Family(Splitformer, SplitformerConfig, load_tokenizer),
+    "sepformer": Family(SepFormer, SepFormerConfig, None),
+}
 
 
 def save_pretrained(
-    folder: Path, model: Model, tokenizer: AnyTokenizer, about: dict[str, Any]
+    folder: Path, model: Model, tokenizer: AnyTokenizer | None, about: dict[str, Any]
 ) -> None:
-    """Writes a model; LPA layers are saved as hard, which is how they are loaded.
+    """Writes a model, running statistics included; LPA layers are saved as hard, which is how they are loaded.
 
     Args:
         folder: made when missing; `model.json` is written last, so that a half-written folder does not load.
         model: teacher or hybrid.
-        tokenizer: of its tokens.
+        tokenizer: of its tokens; None for a model that writes no text.
         about: what a reader may want to know (data, WER, date), plain JSON.
     """
+    name, family = next(
+        (name, family) for name, family in FAMILIES.items() if isinstance(model, family.model)
+    )
+    if (tokenizer is None) != (family.load_tokenizer is None):
+        raise TypeError(f"a model of the family {name!r} was given the tokenizer {tokenizer!r}")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.json"
     path.unlink(missing_ok=True)
-    tokenizer.save(folder)
-    weights = {name: np.asarray(value[...]) for name, value in named_params(model).items()}
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    weights = {name: np.asarray(value[...]) for name, value in named_variables(model).items()}
     save_file(weights, folder / "weights.safetensors")
     description = {
         "format": FORMAT,
-        "family": next(name for name, kind in FAMILIES.items() if isinstance(model, kind)),
+        "family": name,
         "config": dataclasses.asdict(model.config),
         "mixers": [_describe(layer.mixer) for layer in mixer_layers(model).values()],
         "about": about,
@@ -59,8 +91,8 @@ def save_pretrained(
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def load_pretrained(folder: Path) -> tuple[Model, AnyTokenizer, dict[str, Any]]:
-    """Reads what `save_pretrained` wrote: model, tokenizer, about.
+def load_pretrained(folder: Path) -> tuple[Model, AnyTokenizer | None, dict[str, Any]]:
+    """Reads what `save_pretrained` wrote: model, tokenizer (None for a model that writes no text), about.
 
     Raises:
         InputError: a file is missing or damaged, or the weights are not those that `model.json` describes (the message
@@ -74,7 +106,8 @@ def load_pretrained(folder: Path) -> tuple[Model, AnyTokenizer, dict[str, Any]]:
                 f"{path} is of format {description['format']}, family {description['family']!r}: this version reads "
                 f"format {FORMAT} of the families {', '.join(map(repr, FAMILIES))}"
             )
-        model = _new_model(description["family"], description["config"])
+        family = FAMILIES[description["family"]]
+        model = _new_model(family, description["config"])
         layers = mixer_layers(model).values()
         for layer, mixer in zip(layers, description["mixers"], strict=True):
             layer.mixer = _build(layer.mixer, mixer)
@@ -92,24 +125,23 @@ def load_pretrained(folder: Path) -> tuple[Model, AnyTokenizer, dict[str, Any]]:
         raise InputError(
             f"{folder} does not hold a readable model ({error!r}): save it again"
         ) from error
-    params = named_params(model)
+    variables = named_variables(model)
     require_tensors(
-        {name: param.shape for name, param in params.items()},
+        {name: variable.shape for name, variable in variables.items()},
         weights,
         misfit=f"{folder}/weights.safetensors belongs to another model",
         fix="save the model again",
     )
-    for name, param in params.items():
-        param[...] = jax.numpy.asarray(weights[name])
-    load = load_tokenizer if isinstance(model, Wav2Vec2) else load_piece_tokenizer
-    return model, load(folder), description["about"]
+    for name, variable in variables.items():
+        variable[...] = jnp.asarray(weights[name])
+    tokenizer = family.load_tokenizer(folder) if family.load_tokenizer else None
+    return model, tokenizer, description["about"]
 
 
-def _new_model(family: str, config: dict[str, Any]) -> Model:
-    if family == "moonshine":
-        return Moonshine(MoonshineConfig(**config), rngs=nnx.Rngs(0))
-    augment = SpecAugmentConfig(**config.pop("spec_augment"))
-    return Wav2Vec2(Wav2Vec2Config(**config, spec_augment=augment), rngs=nnx.Rngs(0))
+def _new_model(family: Family, config: dict[str, Any]) -> Model:
+    if any(field.name == "spec_augment" for field in dataclasses.fields(family.config)):
+        config = config | {"spec_augment": SpecAugmentConfig(**config["spec_augment"])}
+    return family.model(family.config(**config), rngs=nnx.Rngs(0))
 
 
 def _describe(mixer: nnx.Module) -> dict[str, Any]:
@@ -119,14 +151,12 @@ def _describe(mixer: nnx.Module) -> dict[str, Any]:
         return {"kind": "sliding_window", "window": mixer.window}
     if isinstance(mixer, Removed):
         return {"kind": "removed"}
-    if isinstance(mixer, SelfAttention | RotarySelfAttention):
+    if isinstance(mixer, Attention):
         return {"kind": "attention"}
     raise TypeError(f"cannot save a mixer of type {type(mixer).__name__}")
 
 
-def _build(
-    attention: SelfAttention | RotarySelfAttention, description: dict[str, Any]
-) -> nnx.Module:
+def _build(attention: Any, description: dict[str, Any]) -> nnx.Module:
     """The mixer that a description names, in the size of the attention that stands in its place."""
     kind = description["kind"]
     if kind == "attention":

@@ -9,7 +9,7 @@ from flax import nnx
 
 from edgespeech.errors import InputError
 from edgespeech.interop.hf_files import read_weights
-from edgespeech.interop.tensors import require_tensors
+from edgespeech.interop.tensors import named_variables, require_tensors
 from edgespeech.models.splitformer import Splitformer, SplitformerConfig
 
 # What a checkpoint holds beside weights: the table of sinusoids, and BatchNorm's count of batches.
@@ -60,7 +60,7 @@ def load_splitformer_checkpoint(path: str | Path, config: SplitformerConfig) -> 
     tensors = _apart(read_weights(path))
     model = Splitformer(config, rngs=nnx.Rngs(0))
     names = splitformer_names(config)
-    variables = _named_variables(model)
+    variables = named_variables(model)
     wanted = {
         theirs: _upstream_shape(ours, variables[ours].shape) for ours, theirs in names.items()
     }
@@ -130,12 +130,6 @@ def _upstream_shape(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if ours.endswith(("conv.expand.kernel", "conv.contract.kernel")):
         return *shape[::-1], 1
     return shape[::-1]
-
-
-def _named_variables(model: Splitformer) -> dict[str, nnx.Variable]:
-    """Parameters and running statistics by their path."""
-    flat = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
-    return {".".join(map(str, path)): variable for path, variable in flat}
 
 
 def _require_released_kind(config: SplitformerConfig) -> None:

@@ -16,6 +16,12 @@ def named_params(model: nnx.Module) -> dict[str, nnx.Param]:
     return {".".join(map(str, path)): value for path, value in flat}
 
 
+def named_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """Parameters and running statistics by their path, such as `blocks.0.layers.0.mixer.q_proj.kernel`."""
+    flat = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    return {".".join(map(str, path)): value for path, value in flat}
+
+
 def copy_but_head(model: nnx.Module, source: nnx.Module, name: str) -> None:
     """Copies all parameters of `source` but those of its `head` into a model of the same sizes, in place.
 

@@ -6,6 +6,7 @@ from PIL import Image
 
 from edgespeech.errors import InputError
 from edgespeech.evaluation import plots
+from edgespeech.evaluation.drawing import at_most_columns
 
 NOTE = "synthetic data"
 
@@ -14,13 +15,13 @@ NOTE = "synthetic data"
 def drawn(monkeypatch):
     """Collect the figures that are saved."""
     figures = []
-    save = plots._save
+    save = plots.save_figure
 
     def collect(figure, path):
         save(figure, path)
         figures.append(figure)
 
-    monkeypatch.setattr(plots, "_save", collect)
+    monkeypatch.setattr(plots, "save_figure", collect)
     return figures
 
 
@@ -144,10 +145,10 @@ def test_pulses_over_spectrogram(tmp_path, drawn):
 
 def test_long_spectrogram_is_averaged():
     log_mel = np.random.default_rng(1).normal(size=(960, 3))
-    pooled = plots._at_most_columns(log_mel)
+    pooled = at_most_columns(log_mel)
     np.testing.assert_allclose(pooled, (log_mel[0::2] + log_mel[1::2]) / 2)
-    np.testing.assert_array_equal(plots._at_most_columns(log_mel[:100]), log_mel[:100])
-    assert plots._at_most_columns(log_mel[:701]).shape == (480, 3)
+    np.testing.assert_array_equal(at_most_columns(log_mel[:100]), log_mel[:100])
+    assert at_most_columns(log_mel[:701]).shape == (480, 3)
 
 
 def test_loss_curves(tmp_path, drawn):

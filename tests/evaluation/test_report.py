@@ -11,7 +11,8 @@ import pytest
 
 import edgespeech
 from edgespeech.errors import InputError
-from edgespeech.evaluation.report import device, versions, write_report
+from edgespeech.evaluation.machine import device, versions
+from edgespeech.evaluation.report import write_report
 
 
 @pytest.fixture

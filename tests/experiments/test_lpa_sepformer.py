@@ -14,12 +14,15 @@ from absl import flags
 from absl.testing import flagsaver
 
 from edgespeech.conversion.enhancement_task import EnhancementTeacher
-from experiments import convert, data_flags, program
+from edgespeech.interop.pretrained import load_pretrained
+from experiments import data_flags, program, recipe  # noqa: F401  # they define shared flags
 from tests.conftest import CACHE
 from tests.support.tiny import ToneCorpus, tone, write_librispeech
 
 PROGRAM = "experiments.lpa_sepformer"
-SHARED = {module.__name__ for module in (convert, data_flags, program)} | {"experiments.run"}
+SHARED = {
+    f"experiments.{name}" for name in ("data_flags", "distributed_flags", "program", "recipe", "run")
+}
 TOY = [
     *("--model.width=8", "--model.kernel_size=128", "--model.chunk_length=10"),
     *("--model.num_blocks=1", "--model.num_intra_layers=4"),
@@ -179,6 +182,30 @@ def test_report_names_what_was_replaced(finished):
     plots = {path.name for path in (finished / "plots").iterdir()}
     assert plots == {"sweep.png", "scores.png", "losses.png", "spectrograms.png"}
     assert all(f"(plots/{name})" in text for name in plots)
+
+
+@pytest.mark.parametrize(("name", "audio"), [("teacher", "teacher"), ("hybrid_4", "lpa_4")])
+def test_saved_models_are_those_that_were_scored(finished, name, audio):
+    model, tokenizer, about = load_pretrained(finished / name)
+    assert tokenizer is None
+    assert about["data"] == "folder"
+    noisy, wanted = (
+        soundfile.read(finished / "audio" / kind / "0000.wav", dtype="float32")[0]
+        for kind in ("noisy", audio)
+    )
+    estimate = np.asarray(model(noisy[None], np.array([len(noisy)])).estimates[0, 0], np.float64)
+    gain = noisy @ estimate / (estimate @ estimate)
+    estimate *= gain / max(1.0, abs(gain) * np.abs(estimate).max())
+    # Both the input and the wanted estimate are rounded to 16 bits.
+    np.testing.assert_allclose(estimate, wanted, rtol=0, atol=2e-3)
+
+
+def test_a_saved_teacher_is_converted_again(start, finished, tmp_path):
+    assert start(tmp_path, "--quiet", f"--teacher={finished / 'teacher'}", "--controls=none") == 0
+    report, wanted = report_of(tmp_path), report_of(finished)
+    assert report["teacher"]["steps"] == 0
+    assert report["sweep"] == wanted["sweep"]
+    assert report["hybrids"] == wanted["hybrids"]
 
 
 def test_interrupted_and_resumed_equals_unbroken(start, finished, tmp_path, monkeypatch, capsys):

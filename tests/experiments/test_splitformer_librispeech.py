@@ -16,7 +16,7 @@ from edgespeech.data.folder import FolderCorpus
 from edgespeech.data.tokenizer import ctc_collapse
 from edgespeech.inference.exit_policy import load_policy
 from edgespeech.inference.exit_predictor import load_predictor
-from edgespeech.interop.exit_model import load_exit_model
+from edgespeech.interop.pretrained import load_pretrained
 from edgespeech.models.exit_macs import exit_macs
 from tests.support.tiny import ROOT, ToneCorpus, write_librispeech
 
@@ -126,7 +126,7 @@ def test_points_of_the_curves_are_those_of_scores_and_thresholds(runs):
     report = read_report(runs.whole)
     samples = [u.num_samples for u in ToneCorpus(6, 2, "test").utterances]
     for model in report["models"]:
-        config, _, _ = load_exit_model(runs.whole / model["name"])
+        config, _, _ = load_pretrained(runs.whole / model["name"])
         macs = np.array([exit_macs(config.config, s) for s in samples])
         lines = [hypotheses(runs.whole, f"{model['name']}_test_test", e) for e in (1, 2)]
         assert [line["id"] for line in lines[0]] == [line["id"] for line in lines[1]]
@@ -166,7 +166,7 @@ def test_models_are_on_equal_terms_and_compared(runs):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_models_are_those_that_were_scored(runs, name):
-    model, tokenizer, about = load_exit_model(runs.whole / name)
+    model, tokenizer, about = load_pretrained(runs.whole / name)
     assert about == {"data": "folder", "steps": 4, "model": name}
     norm = model.blocks[0].layers[0].conv.middle_norm
     assert np.abs(norm.running_mean[...]).max() > 0  # moved by training

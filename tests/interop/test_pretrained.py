@@ -191,7 +191,7 @@ def change_description(folder, **changes):
     ("changes", "message"),
     [
         ({"format": 2}, r"is of format 2, family 'wav2vec2': this version reads format 1"),
-        ({"family": "sepformer"}, r"family 'sepformer'"),
+        ({"family": "fourier"}, r"family 'fourier'"),
         ({"config": {"width": 16}}, r"does not hold a readable model"),
         ({"mixers": [{"kind": "attention"}]}, r"does not hold a readable model"),
         ({"mixers": [{"kind": "fourier"}] * 3}, r"a mixer of kind 'fourier', which this version"),

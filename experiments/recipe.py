@@ -1,0 +1,96 @@
+"""How a teacher is converted: the flags of every conversion program."""
+
+import dataclasses
+
+from absl import flags
+
+from edgespeech.conversion.distil import DistilConfig
+from edgespeech.conversion.mixers import CONTROLS, DEFAULT_CONTROLS
+from edgespeech.errors import InputError
+from edgespeech.nn.lpa import LPAConfig
+from edgespeech.training.loop import LoopConfig
+from experiments import run
+from experiments.flags import define_config, int_list, read_config
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(run)
+
+define_config("lpa", LPAConfig())
+flags.DEFINE_integer(
+    "sweep_steps", 150, "Updates of every layer's replacement in the sweep.", lower_bound=1
+)
+flags.DEFINE_list("replaced", ["2", "4", "6", "8"], "Numbers of replaced layers to report.")
+flags.DEFINE_list(
+    "controls",
+    list(DEFAULT_CONTROLS),
+    f"Controls at the largest number of --replaced: 'all', 'none', or some of {', '.join(CONTROLS)}.",
+)
+flags.DEFINE_integer(
+    "window", 8, "Frames to each side that the sliding_window control sees.", lower_bound=1
+)
+flags.DEFINE_integer("save_every", 200, "Updates between checkpoints.", lower_bound=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the teacher is converted.
+
+    Attributes:
+        lpa: the mixer that takes attention's place.
+        distil: see `DistilConfig`.
+        replaced: numbers of replaced layers to report, ascending.
+        controls: names of the controls at the largest of them.
+        window: frames to each side that the sliding-window control sees.
+        sweep_steps: updates of every layer's replacement in the sweep.
+        seed: of new parameters and of the steps.
+        loop: see `LoopConfig`.
+    """
+
+    lpa: LPAConfig
+    distil: DistilConfig
+    replaced: tuple[int, ...]
+    controls: tuple[str, ...]
+    window: int
+    sweep_steps: int
+    seed: int
+    loop: LoopConfig
+
+
+def read_recipe(distil: DistilConfig, num_layers: int) -> Recipe:
+    """The recipe that the flags describe, for a model of so many layers.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    replaced = int_list("replaced", 1, num_layers)
+    if not replaced:
+        raise InputError("--replaced is empty: give at least one number of layers")
+    return Recipe(
+        lpa=read_config("lpa", LPAConfig()),
+        distil=distil,
+        replaced=replaced,
+        controls=tuple(chosen_controls()),
+        window=FLAGS.window,
+        sweep_steps=FLAGS.sweep_steps,
+        seed=FLAGS.seed,
+        loop=LoopConfig(save_every=FLAGS.save_every, quiet=FLAGS.quiet),
+    )
+
+
+def chosen_controls() -> list[str]:
+    """The names in --controls.
+
+    Raises:
+        InputError: a name is not known.
+    """
+    names = list(FLAGS.controls)
+    if names == ["all"]:
+        return list(CONTROLS)
+    if names in ([], ["none"]):
+        return []
+    for name in names:
+        if name not in CONTROLS:
+            raise InputError(
+                f"--controls holds {name!r}: choose 'all', 'none', or from {', '.join(CONTROLS)}"
+            )
+    return names
