@@ -7,6 +7,10 @@ Time        about 12 minutes with 3 repeats; 16 GB of memory with --peers at 120
 Expect      at 120 s, 8 of 12 layers replaced: 1.6 times as fast as attention like for like, 6 times as fast as
             transformers with eager attention, 2.7 with SDPA; see docs/results/latency.md
 
+SepFormer, of 8 kHz audio, with LPA in its intra-chunk layers, beside SpeechBrain's:
+
+    python -m experiments.latency --model=sepformer --replaced=0,8,16 --seconds=1,10,60 --peers --json=sepformer.json
+
 Batch 1, float32, random weights, noise for audio. Everything is timed in one process, in turn: an idle machine and
 medians, not the smallest time, make the figures. `--json` holds all that is printed.
 """
@@ -47,9 +51,10 @@ from edgespeech.evaluation.latency_models import (
     prepare_parts,
 )
 from edgespeech.evaluation.latency_peers import PACKAGES, PEERS, find_peers
+from edgespeech.evaluation.latency_sepformer import TimedSepFormer
 from edgespeech.evaluation.machine import device, versions
+from edgespeech.models.sepformer import SepFormerConfig
 from edgespeech.models.wav2vec2 import Wav2Vec2Config
-from edgespeech.types import SAMPLE_RATE
 from experiments import program
 from experiments.flags import int_list
 
@@ -60,6 +65,8 @@ MODELS: dict[str, TimedModel] = {
     "tiny": TimedWav2Vec2(Wav2Vec2Config.tiny()),
     "small": TimedWav2Vec2(Wav2Vec2Config.small()),
     "wav2vec2_base": TimedWav2Vec2(Wav2Vec2Config.base()),
+    "sepformer": TimedSepFormer(SepFormerConfig.wham()),
+    "sepformer_tiny": TimedSepFormer(SepFormerConfig.tiny()),
 }
 
 flags.DEFINE_enum("model", "wav2vec2_base", sorted(MODELS), "What is timed.")
@@ -103,7 +110,8 @@ def experiment() -> None:
     # ------------------------------------------------------------------ prepare
     random = np.random.default_rng(0)
     audio = {
-        s: random.normal(0.0, 0.1, (1, round(s * SAMPLE_RATE))).astype(np.float32) for s in seconds
+        s: random.normal(0.0, 0.1, (1, round(s * timed.sample_rate))).astype(np.float32)
+        for s in seconds
     }
     # A contender is named (implementation, replaced, seconds).
     calls: dict[tuple[str, int, float], Call] = {}
@@ -231,9 +239,9 @@ def read_seconds(timed: TimedModel) -> list[float]:
             value = math.nan
         if not math.isfinite(value):
             raise InputError(f"--seconds holds {text!r}: give numbers parted by commas")
-        if value * SAMPLE_RATE < shortest:
+        if value * timed.sample_rate < shortest:
             raise InputError(
-                f"--seconds holds {text}: one frame of {FLAGS.model} takes {shortest / SAMPLE_RATE:g} s or more"
+                f"--seconds holds {text}: one frame of {FLAGS.model} takes {shortest / timed.sample_rate:g} s or more"
             )
         seconds.add(value)
     if not seconds:

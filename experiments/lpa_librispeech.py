@@ -105,7 +105,7 @@ def experiment() -> None:
     batch_config = dataclasses.replace(
         read_config("batch", BATCH),
         seed=FLAGS.seed,
-        batch_multiple=jax.local_device_count(),
+        batch_multiple=run.batch_multiple(),
     )
     splits = data_flags.test_splits()
     if FLAGS.teacher:

@@ -80,7 +80,7 @@ def experiment() -> None:
     # ---------------------------------------------------------------- settings, checked before anything is computed
     distil_config = read_config("distil", Seq2SeqDistilConfig())
     batch_config = dataclasses.replace(
-        read_config("batch", BATCH), seed=FLAGS.seed, batch_multiple=jax.local_device_count()
+        read_config("batch", BATCH), seed=FLAGS.seed, batch_multiple=run.batch_multiple()
     )
     splits = data_flags.test_splits()
     model, tokenizer, about = open_model(FLAGS.teacher)

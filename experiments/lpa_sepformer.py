@@ -120,7 +120,7 @@ def experiment() -> None:
     optimizer_config = read_config("optimizer", OPTIMIZER)
     mixtures = dataclasses.replace(read_config("mixtures", MixtureConfig()), seed=FLAGS.seed)
     batches = dataclasses.replace(
-        read_config("batch", BATCH), seed=FLAGS.seed, batch_multiple=jax.local_device_count()
+        read_config("batch", BATCH), seed=FLAGS.seed, batch_multiple=run.batch_multiple()
     )
     splits = data_flags.test_splits()
     if len(splits) > 1:

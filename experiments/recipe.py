@@ -9,7 +9,7 @@ from edgespeech.conversion.mixers import CONTROLS, DEFAULT_CONTROLS
 from edgespeech.errors import InputError
 from edgespeech.nn.lpa import LPAConfig
 from edgespeech.training.loop import LoopConfig
-from experiments import run
+from experiments import distributed_flags, run
 from experiments.flags import define_config, int_list, read_config
 
 FLAGS = flags.FLAGS
@@ -73,7 +73,7 @@ def read_recipe(distil: DistilConfig, num_layers: int) -> Recipe:
         window=FLAGS.window,
         sweep_steps=FLAGS.sweep_steps,
         seed=FLAGS.seed,
-        loop=LoopConfig(save_every=FLAGS.save_every, quiet=FLAGS.quiet),
+        loop=distributed_flags.loop_config(),
     )
 
 

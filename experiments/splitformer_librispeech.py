@@ -110,7 +110,7 @@ def experiment() -> None:
         )
     optimizer_config = read_config("optimizer", OPTIMIZER)
     batch_config = dataclasses.replace(
-        read_config("batch", BATCH), seed=FLAGS.seed, batch_multiple=jax.local_device_count()
+        read_config("batch", BATCH), seed=FLAGS.seed, batch_multiple=run.batch_multiple()
     )
     splits = data_flags.test_splits()
     workdir = run.Workdir(FLAGS.workdir, run.flag_settings(), FLAGS.resume)
@@ -235,7 +235,7 @@ def train_model(
         settings={"model": dataclasses.asdict(config), "loss": dataclasses.asdict(loss_config)},
         optimizer=optimizer_config,
         seed=FLAGS.seed,
-        loop=LoopConfig(save_every=FLAGS.save_every, quiet=FLAGS.quiet),
+        loop=distributed_flags.loop_config(),
         extra=statistics,
     )
     return nnx.merge(graphdef, average, statistics)

@@ -18,7 +18,7 @@ from edgespeech.nn.lpa_config import LPAConfig
 from edgespeech.nn.token_mixer_controls import Removed
 from edgespeech.nn.transformer import EncoderLayer
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
-from edgespeech.types import Array, Audio, Frames, Lengths, Logits
+from edgespeech.types import SAMPLE_RATE, Array, Audio, Frames, Lengths, Logits
 
 # `run(part, function, module, *arrays)` returns `function(module, *arrays)`.
 RunPart: TypeAlias = Callable[..., Any]
@@ -35,6 +35,11 @@ class TimedModel(Protocol):
     @property
     def num_layers(self) -> int:
         """Mixers that can be replaced."""
+        ...
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz of the audio."""
         ...
 
     def num_frames(self, num_samples: int) -> int:
@@ -71,6 +76,11 @@ class TimedWav2Vec2:
         """Encoder layers."""
         return self.config.num_layers
 
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return SAMPLE_RATE
+
     def num_frames(self, num_samples: int) -> int:
         """Encoder frames."""
         return self.config.num_frames(num_samples)
@@ -88,14 +98,7 @@ class TimedWav2Vec2:
                 harden(model)
             return model
 
-        # Shapes by tracing, values by NumPy: JAX compiles an initialiser for every shape, in every child process anew
-        # (three layers of width 16: 6 s of CPU time against 0.5 s, jax 0.10.2).
-        graphdef, state = nnx.split(nnx.eval_shape(make))
-        random = np.random.default_rng(0)
-        weights = jax.tree.map(
-            lambda leaf: jnp.asarray(0.02 * random.standard_normal(leaf.shape), leaf.dtype), state
-        )
-        return nnx.merge(graphdef, weights)
+        return random_weights(make)
 
     def forward(self, model: Wav2Vec2, audio: Audio, lengths: Lengths) -> Logits:
         """Logits `[1 n v]`."""
@@ -105,17 +108,30 @@ class TimedWav2Vec2:
         """front_end, projection_positions, then mixers and ffn for every layer, head; norms count with ffn."""
         norm = () if self.config.norm_first else (model.norm,)
         head = (model.norm, model.head) if self.config.norm_first else (model.head,)
-        x, lengths = run("front_end", _apply, model.front_end, audio, lengths)
+        x, lengths = run("front_end", apply, model.front_end, audio, lengths)
         entry = (model.projection_norm, model.projection, model.positions, *norm)
         x = run("projection_positions", _project, entry, x, lengths)
         for layer in model.layers:
-            h = run("ffn", _apply, layer.mixer_norm, x) if layer.norm_first else x
-            y = run("mixers", _apply, layer.mixer, h, lengths)
-            x = run("ffn", _after_mixer, _without_mixer(layer), x, y, lengths)
+            h = run("ffn", apply, layer.mixer_norm, x) if layer.norm_first else x
+            y = run("mixers", apply, layer.mixer, h, lengths)
+            x = run("ffn", after_mixer, without_mixer(layer), x, y, lengths)
         return run("head", _chain, head, x)
 
 
-def _apply(module: Any, *arrays: Array) -> Any:
+def random_weights(make: Callable[[], Any]) -> Any:
+    """The module that `make` makes, with weights N(0, 0.02^2)."""
+    # Shapes by tracing, values by NumPy: JAX compiles an initialiser for every shape, in every child process anew
+    # (three layers of width 16: 6 s of CPU time against 0.5 s, jax 0.10.2).
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    random = np.random.default_rng(0)
+    weights = jax.tree.map(
+        lambda leaf: jnp.asarray(0.02 * random.standard_normal(leaf.shape), leaf.dtype), state
+    )
+    return nnx.merge(graphdef, weights)
+
+
+def apply(module: Any, *arrays: Array) -> Any:
+    """A module as a part of its own."""
     return module(*arrays)
 
 
@@ -132,14 +148,14 @@ def _project(modules: tuple, x: Frames, lengths: Lengths) -> Frames:
     return _chain(tuple(norm), x + positions(x, lengths))
 
 
-def _without_mixer(layer: EncoderLayer) -> EncoderLayer:
+def without_mixer(layer: EncoderLayer) -> EncoderLayer:
     """A copy that is alike for all layers, whatever their mixers are."""
     copy = nnx.merge(*nnx.split(layer))
     copy.mixer = Removed()
     return copy
 
 
-def _after_mixer(layer: EncoderLayer, x: Frames, y: Frames, lengths: Lengths) -> Frames:
+def after_mixer(layer: EncoderLayer, x: Frames, y: Frames, lengths: Lengths) -> Frames:
     """The layer on x where the mixer's output is known to be y: residuals, norms and FFN remain."""
     layer.mixer = lambda *_: y
     return layer(x, lengths)

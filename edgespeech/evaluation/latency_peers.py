@@ -1,4 +1,4 @@
-"""Other implementations of wav2vec2 to time ours against, on the CPU: transformers (PyTorch) and ONNX Runtime.
+"""Other implementations to time ours against, on the CPU: transformers (PyTorch), ONNX Runtime, SpeechBrain.
 
 Each is loaded with random weights, which change no time, and runs batch 1 in float32 without gradients. They take the
 waveform as it is: scaling it to zero mean and unit variance, which our model does itself, is left out of their time.
@@ -11,16 +11,18 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from edgespeech.evaluation.latency import Load, Prepare
+from edgespeech.evaluation.latency_sepformer import load_speechbrain
 from edgespeech.interop.hf_layout import write_fields
+from edgespeech.models.sepformer import SepFormerConfig
 from edgespeech.models.wav2vec2 import Wav2Vec2Config
 
 # The packages that decide a peer's times.
-PACKAGES = ("torch", "transformers", "onnx", "onnxruntime")
+PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "speechbrain")
 
 
 def random_transformers_model(config: Wav2Vec2Config, attention: str) -> Any:
@@ -102,17 +104,49 @@ def load_onnxruntime(config: Wav2Vec2Config, threads: int) -> Prepare:
     return lambda audio: lambda: session.run(["logits"], {"audio": audio})[0]
 
 
-# Name: what it needs installed, and how it is loaded from (config, threads).
-PEERS: dict[str, tuple[tuple[str, ...], Callable[..., Prepare]]] = {
-    "transformers_eager": (
+class Peer(NamedTuple):
+    """Another implementation.
+
+    Attributes:
+        packages: what it needs installed.
+        load: from (config, threads).
+        runs: whether it has this model.
+        has: what it has, for the note that it is absent.
+    """
+
+    packages: tuple[str, ...]
+    load: Callable[..., Prepare]
+    runs: Callable[[Any], bool]
+    has: str
+
+
+def _is_wav2vec2(config: Any) -> bool:
+    return isinstance(config, Wav2Vec2Config) and config.front_end == "waveform"
+
+
+WAV2VEC2 = "wav2vec2 with the waveform front end"
+PEERS = {
+    "transformers_eager": Peer(
         ("torch", "transformers"),
         functools.partial(load_transformers, attention="eager"),
+        _is_wav2vec2,
+        WAV2VEC2,
     ),
-    "transformers_sdpa": (
+    "transformers_sdpa": Peer(
         ("torch", "transformers"),
         functools.partial(load_transformers, attention="sdpa"),
+        _is_wav2vec2,
+        WAV2VEC2,
     ),
-    "onnxruntime": (PACKAGES, load_onnxruntime),
+    "onnxruntime": Peer(
+        ("torch", "transformers", "onnx", "onnxruntime"), load_onnxruntime, _is_wav2vec2, WAV2VEC2
+    ),
+    "speechbrain": Peer(
+        ("torch", "speechbrain"),
+        load_speechbrain,
+        lambda config: isinstance(config, SepFormerConfig),
+        "SepFormer",
+    ),
 }
 
 
@@ -120,12 +154,14 @@ def find_peers(config: Any, threads: int) -> tuple[dict[str, Load], list[str]]:
     """The peers that can run this model here, and a sentence on each that cannot."""
     found: dict[str, Load] = {}
     absent: list[str] = []
-    for name, (packages, load) in PEERS.items():
-        missing = [package for package in packages if importlib.util.find_spec(package) is None]
-        if not isinstance(config, Wav2Vec2Config) or config.front_end != "waveform":
-            absent.append(f"{name} is absent: it has wav2vec2 with the waveform front end alone")
+    for name, peer in PEERS.items():
+        missing = [
+            package for package in peer.packages if importlib.util.find_spec(package) is None
+        ]
+        if not peer.runs(config):
+            absent.append(f"{name} is absent: it has {peer.has} alone")
         elif missing:
             absent.append(f"{name} is absent: install {', '.join(missing)}")
         else:
-            found[name] = functools.partial(load, config, threads)
+            found[name] = functools.partial(peer.load, config, threads)
     return found, absent

@@ -13,6 +13,7 @@ from flax import nnx
 
 from edgespeech.errors import InputError
 from edgespeech.nn.dual_path import (
+    Chunks,
     DualPathBlock,
     GlobalNorm,
     join_chunks,
@@ -163,17 +164,25 @@ class MaskNetwork(nnx.Module):
         self, h: Frames, lengths: Lengths
     ) -> tuple[Float[Array, "b spk n d"], tuple[Frames, ...]]:
         """`[b n d], [b] ->` masks `[b spk n d]` and the outputs of the intra-chunk layers."""
-        b, n, d = h.shape
-        x = self.bottleneck(self.norm(h, mask_from_lengths(lengths, n)))
-        x, num_chunks = split_chunks(x, lengths, self.config.chunk_length)
+        x, num_chunks = self.split(h, lengths)
         hidden: tuple[Frames, ...] = ()
         for block in self.blocks:
             x, layers = block(x, num_chunks, scan=self.scan_layers)
             hidden += layers
-        x = self.speakers(jnp.where(x >= 0, x, self.slope[...] * x))
+        return self.masks(x, h.shape[1]), hidden
+
+    def split(self, h: Frames, lengths: Lengths) -> tuple[Chunks, Lengths]:
+        """The input `[b s k d]` of the first block, and the valid chunks `[b]`."""
+        x = self.bottleneck(self.norm(h, mask_from_lengths(lengths, h.shape[1])))
+        return split_chunks(x, lengths, self.config.chunk_length)
+
+    def masks(self, chunks: Chunks, n: int) -> Float[Array, "b spk n d"]:
+        """Masks of n frames from the last block's output."""
+        b, d = len(chunks), self.config.width
+        x = self.speakers(jnp.where(chunks >= 0, chunks, self.slope[...] * chunks))
         x = join_chunks(x, n).reshape(b, n, self.config.num_speakers, d).swapaxes(1, 2)
         x = jnp.tanh(self.output(x)) * jax.nn.sigmoid(self.gate(x))
-        return jax.nn.relu(self.expand(x)), hidden
+        return jax.nn.relu(self.expand(x))
 
 
 class SepFormer(nnx.Module):
@@ -205,20 +214,34 @@ class SepFormer(nnx.Module):
         Raises:
             InputError: the batch has no samples.
         """
-        b, t = audio.shape
-        if t == 0:
-            raise InputError(f"audio of shape [{b}, 0] has no samples: leave empty files out")
-        kernel_size, stride = self.config.kernel_size, self.config.stride
+        if audio.shape[1] == 0:
+            raise InputError(
+                f"audio of shape [{audio.shape[0]}, 0] has no samples: leave empty files out"
+            )
+        h, lengths = self.encode(audio, audio_lengths)
+        masks, hidden = self.mask_network(h, lengths)
+        return SepFormerOutput(self.decode(masks, h, audio, audio_lengths), masks, lengths, hidden)
+
+    def encode(self, audio: Audio, audio_lengths: Lengths) -> tuple[Frames, Lengths]:
+        """`relu(conv(x))`: `[b t], [b] -> [b n d], [b]`."""
+        t, kernel_size, stride = audio.shape[1], self.config.kernel_size, self.config.stride
         n, lengths = self.config.num_frames(t), self.config.num_frames(audio_lengths)
         mask = mask_from_lengths(audio_lengths, t)
         x = jnp.pad(jnp.where(mask, audio, 0.0), ((0, 0), (0, (n - 1) * stride + kernel_size - t)))
         h = jax.nn.relu(conv1d(x[..., None], self.encoder[...], stride))
-        h = zero_padding(h, mask_from_lengths(lengths, n))
-        masks, hidden = self.mask_network(h, lengths)
+        return zero_padding(h, mask_from_lengths(lengths, n)), lengths
+
+    def decode(
+        self,
+        masks: Float[Array, "b spk n d"],
+        h: Frames,
+        audio: Audio,
+        audio_lengths: Lengths,
+    ) -> Float[Array, "b spk t"]:
+        """`convT(mask_j h)`, cut to the extent of the audio and zero beyond its lengths."""
+        b, t = audio.shape
         # A transposed convolution whose stride is half its kernel is an overlap-add of frames.
         frames = (masks * h[:, None]) @ self.decoder[:, 0].T.astype(h.dtype)
-        frames = frames.reshape(b * self.config.num_speakers, n, kernel_size, 1)
+        frames = frames.reshape(-1, h.shape[1], self.config.kernel_size, 1)
         estimates = overlap_add(frames).reshape(b, self.config.num_speakers, -1)[..., :t]
-        return SepFormerOutput(
-            jnp.where(mask[:, None], estimates, 0.0), masks, lengths, tuple(hidden)
-        )
+        return jnp.where(mask_from_lengths(audio_lengths, t)[:, None], estimates, 0.0)

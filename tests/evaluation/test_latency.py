@@ -34,6 +34,7 @@ from edgespeech.evaluation.latency_peers import (
     load_transformers,
     random_transformers_model,
 )
+from edgespeech.models.sepformer import SepFormerConfig
 from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config, count_parameters
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import LPA
@@ -279,7 +280,8 @@ def test_peers_that_cannot_run_say_why(monkeypatch):
     found, notes = find_peers(tiny_config(), 1)
     assert found == {}
     assert [note.split(" is absent: ")[0] for note in notes] == list(PEERS)
-    assert all("waveform front end" in note for note in notes)
+    assert notes[-1] == "speechbrain is absent: it has SepFormer alone"
+    assert all("waveform front end" in note for note in notes[:-1])
 
     def is_installed(package):
         return None if package in ("onnx", "onnxruntime") else object()
@@ -287,7 +289,10 @@ def test_peers_that_cannot_run_say_why(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", is_installed)
     found, notes = find_peers(WAVEFORM, 1)
     assert list(found) == ["transformers_eager", "transformers_sdpa"]
-    assert notes == ["onnxruntime is absent: install onnx, onnxruntime"]
+    assert notes[0] == "onnxruntime is absent: install onnx, onnxruntime"
+    found, notes = find_peers(SepFormerConfig.tiny(), 1)
+    assert list(found) == ["speechbrain"]
+    assert len(notes) == len(PEERS) - 1
 
 
 @pytest.fixture(scope="module")
