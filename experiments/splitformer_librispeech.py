@@ -24,14 +24,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 from absl import flags
 from flax import nnx
 
 from edgespeech.data.batching import BatchConfig, BatchSource
 from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
-from edgespeech.evaluation.exit_curves import CALIBRATED, analyse
+from edgespeech.evaluation.exit_curves import analyse
 from edgespeech.evaluation.exit_plots import wer_against_compute, wer_against_layer
 from edgespeech.evaluation.exit_report import write_exit_report
 from edgespeech.evaluation.exit_scores import (
@@ -41,15 +40,14 @@ from edgespeech.evaluation.exit_scores import (
     save_exit_scores,
 )
 from edgespeech.evaluation.wer import paired_bootstrap
-from edgespeech.inference.exit_policy import ExitPolicy, save_policy
-from edgespeech.inference.exit_predictor import save_predictor
+from edgespeech.inference.exit_policy import CALIBRATED, ExitPolicy, save_policy
+from edgespeech.inference.exit_predictor import ExitPredictor, save_predictor
 from edgespeech.interop.pretrained import load_pretrained, save_pretrained
 from edgespeech.models.splitformer import Placement, Splitformer, SplitformerConfig
 from edgespeech.models.wav2vec2 import count_parameters
 from edgespeech.training.exits import ExitLossConfig, exit_objective
-from edgespeech.training.loop import LoopConfig
 from edgespeech.training.state import OptimizerConfig
-from experiments import asr, data_flags, program, run, tokenizer_flags
+from experiments import asr, data_flags, distributed_flags, program, run, tokenizer_flags
 from experiments.facts import run_facts
 from experiments.fit import fit
 from experiments.flags import define_config, read_config
@@ -153,7 +151,7 @@ def experiment() -> None:
             }
             curves, predictor = analyse(config, dev, tests[splits[0]], FLAGS.predictor_penalty)
             save_predictor(folder, predictor)
-            save_best_policy(folder, curves)
+            save_best_policy(folder, curves, predictor)
         for m, row in enumerate(curves["exits"]):
             rates = asr.rates({split: test.results[m] for split, test in tests.items()})
             row |= {key: rates[key] for key in ("ci", "cer", "splits") if key in rates}
@@ -257,7 +255,7 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.+-]", "_", name)
 
 
-def save_best_policy(folder: Path, curves: dict) -> None:
+def save_best_policy(folder: Path, curves: dict, predictor: ExitPredictor) -> None:
     """Saves the rule that has the lowest WER on dev within the compute of the best fixed exit, less to its compute."""
     budget = curves["exits"][curves["best_fixed"] - 1]["dev_cost"]
     rows = [
@@ -265,11 +263,12 @@ def save_best_policy(folder: Path, curves: dict) -> None:
         for rule, row in itertools.chain.from_iterable(
             ((rule, row) for row in curve) for rule, curve in curves["curves"].items()
         )
-        if rule != CALIBRATED and row["budget"] == budget
+        if row["budget"] == budget
     ]
     wer, cost, rule, threshold = min(rows)
     about = {"dev_wer": wer, "dev_cost": cost, "budget": budget}
-    save_policy(folder, ExitPolicy(rule, float(threshold), FLAGS.n_best), about)
+    used = predictor if rule == CALIBRATED else None
+    save_policy(folder, ExitPolicy(rule, float(threshold), FLAGS.n_best, used), about)
 
 
 if __name__ == "__main__":

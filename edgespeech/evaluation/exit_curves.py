@@ -5,16 +5,18 @@ on the way. What a rule itself costs (the beam of `posterior` above all) is not 
 """
 
 import itertools
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from edgespeech.errors import InputError
 from edgespeech.evaluation.exit_scores import ExitScores
 from edgespeech.evaluation.wer import WerResult, paired_bootstrap, score
-from edgespeech.inference.exit_criteria import ExitRule
 from edgespeech.inference.exit_policy import (
+    CALIBRATED,
+    RULES,
     ExitStatistics,
+    PolicyRule,
     chosen_exits,
     cost_and_wer,
     oracle_exits,
@@ -30,12 +32,6 @@ from edgespeech.models.exit_macs import exit_macs
 from edgespeech.models.splitformer import SplitformerConfig
 from edgespeech.types import SAMPLE_RATE
 
-CALIBRATED = "calibrated"
-# The direction in which a rule's scores are compared; a calibrated probability is as the posterior: at or above.
-DIRECTIONS: dict[str, ExitRule] = {
-    **{rule: rule for rule in get_args(ExitRule)},
-    CALIBRATED: "posterior",
-}
 # Word errors that the compute of a whole pass is worth: prices of the oracle, densest where errors are single words.
 PRICES = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 121)])
 
@@ -111,24 +107,23 @@ def analyse(
     middles = [(a + b) / 2 for a, b in itertools.pairwise(fixed_costs)]
     budgets = sorted([*fixed_costs, *middles])
 
-    def tuned(rule: str, **target: float) -> dict[str, Any]:
-        direction, scores = DIRECTIONS[rule], dev.rules[rule]
-        threshold = tune_threshold(direction, on_dev._replace(scores=scores), **target)
-        dev_cost, dev_wer = cost_and_wer(chosen_exits(direction, threshold, scores), on_dev)
-        chosen = chosen_exits(direction, threshold, test.rules[rule])
+    def tuned(rule: PolicyRule, **target: float) -> dict[str, Any]:
+        scores = dev.rules[rule]
+        threshold = tune_threshold(rule, on_dev._replace(scores=scores), **target)
+        dev_cost, dev_wer = cost_and_wer(chosen_exits(rule, threshold, scores), on_dev)
+        chosen = chosen_exits(rule, threshold, test.rules[rule])
         # Text, because JSON has no infinities.
         row = {"threshold": repr(threshold), "dev_cost": dev_cost, "dev_wer": dev_wer}
         return row | point(chosen) | {"mean_exit": float(chosen.mean() + 1)}
 
     curves = {
         rule: [{"budget": budget} | tuned(rule, target_cost=budget) for budget in budgets]
-        for rule in DIRECTIONS
+        for rule in RULES
     }
     oracle = oracle_curve(on_test, point)
     best = int(np.lexsort((fixed_costs, [wer for _, wer in dev_fixed]))[0])
     gaps = {
-        rule: _gaps(rule, best, exits, oracle, curves[rule], dev, test, tuned)
-        for rule in DIRECTIONS
+        rule: _gaps(rule, best, exits, oracle, curves[rule], dev, test, tuned) for rule in RULES
     }
     report = {
         "exits": exits,
@@ -159,7 +154,7 @@ def _gaps(rule, best, exits, oracle, curve, dev, test, tuned) -> dict[str, Any]:
     fixed = exits[best]
     at_compute = next(row for row in curve if row["budget"] == fixed["dev_cost"])
     best_oracle = min(row["wer"] for row in oracle if row["cost"] <= fixed["cost"] + 1e-12)
-    chosen = chosen_exits(DIRECTIONS[rule], float(at_compute["threshold"]), test.rules[rule])
+    chosen = chosen_exits(rule, float(at_compute["threshold"]), test.rules[rule])
     paired = paired_bootstrap(test.results[best], mixed(test, chosen))
     equal_compute = {
         **{key: at_compute[key] for key in ("threshold", "cost", "wer", "mean_exit")},

@@ -14,8 +14,16 @@ import numpy as np
 from flax import nnx
 
 from edgespeech.errors import InputError
-from edgespeech.inference.exit_criteria import ExitRule, exit_score, exits_agreeing, greedy_tokens
-from edgespeech.inference.exit_policy import ExitPolicy, passes
+from edgespeech.inference.exit_criteria import (
+    exit_score,
+    exits_agreeing,
+    greedy_tokens,
+    layer_similarity,
+    mean_entropy,
+    mean_max_probability,
+)
+from edgespeech.inference.exit_policy import CALIBRATED, ExitPolicy, PolicyRule, passes
+from edgespeech.inference.exit_predictor import FEATURES, exit_features, leave_probability
 from edgespeech.ops.ctc import BLANK
 from edgespeech.types import Array, Audio, Bool, Float, Frames, Int, Lengths
 
@@ -68,6 +76,36 @@ class _Decision(NamedTuple):
     leaves: Bool[Array, "b"]
 
 
+class _Limit(NamedTuple):
+    """What a segment's score is made with and compared to.
+
+    Attributes:
+        threshold: of the policy.
+        weights, bias: the regression of the rule `calibrated` at this exit; zeros for the other rules.
+    """
+
+    threshold: Float[Array, ""]
+    weights: Float[Array, "f"]
+    bias: Float[Array, ""]
+
+
+def _limits(policy: ExitPolicy, num_exits: int) -> list[_Limit]:
+    """One an exit; nobody goes on from the last one, whose regression is that of certainty."""
+    weights, bias = np.zeros((num_exits, len(FEATURES))), np.zeros(num_exits)
+    if policy.predictor is not None:
+        if len(policy.predictor.bias) != num_exits - 1:
+            raise InputError(
+                f"the predictor is for {len(policy.predictor.bias) + 1} exits and the model has {num_exits}: "
+                "fit one for this model"
+            )
+        weights[:-1], bias[:-1], bias[-1] = *policy.predictor, np.inf
+    threshold = jnp.float32(policy.threshold)
+    return [
+        _Limit(threshold, jnp.asarray(w, jnp.float32), jnp.float32(b))
+        for w, b in zip(weights, bias, strict=True)
+    ]
+
+
 def _start(model: ExitModel, audio: Audio, audio_lengths: Lengths) -> _Progress:
     x, lengths = model.embed(audio, audio_lengths)
     return _Progress(
@@ -79,15 +117,25 @@ def _start(model: ExitModel, audio: Audio, audio_lengths: Lengths) -> _Progress:
 
 
 def _segment(
-    block, head, rule: ExitRule, n_best: int, threshold: Array, progress: _Progress
+    block, head, rule: PolicyRule, n_best: int, limit: _Limit, progress: _Progress
 ) -> tuple[_Progress, _Decision]:
     before, lengths = progress.x, progress.lengths
     after = block(before, lengths)
     logits = head(after, lengths)
     tokens = greedy_tokens(logits, lengths)
     agreeing = exits_agreeing(tokens, progress.tokens, progress.agreeing)
-    score = exit_score(rule, before, after, logits, lengths, agreeing, n_best)
-    decision = _Decision(score, passes(rule, score, threshold))
+    if rule == CALIBRATED:
+        features = exit_features(
+            mean_entropy(logits, lengths),
+            mean_max_probability(logits, lengths),
+            layer_similarity(before, after, lengths),
+            agreeing,
+            lengths,
+        )
+        score = leave_probability(limit.weights, limit.bias, features)
+    else:
+        score = exit_score(rule, before, after, logits, lengths, agreeing, n_best)
+    decision = _Decision(score, passes(rule, score, limit.threshold))
     return _Progress(after, lengths, tokens, agreeing), decision
 
 
@@ -101,11 +149,15 @@ class EarlyExit:
     Args:
         model: with exits; its variables are those of now.
         policy: when to leave.
+
+    Raises:
+        InputError: the policy's predictor is for another number of exits.
     """
 
     def __init__(self, model: ExitModel, policy: ExitPolicy):
         self.policy = policy
         self.num_exits = len(model.blocks)
+        self._limits = _limits(policy, self.num_exits)
         graphdef, self._state = nnx.split(model)
         self._embed = jax.jit(
             lambda state, audio, lengths: _start(nnx.merge(graphdef, state), audio, lengths)
@@ -140,7 +192,7 @@ class EarlyExit:
                 self.policy.rule,
                 self.policy.n_best,
                 state,
-                self.policy.threshold,
+                self._limits[exit - 1],
                 progress,
             )
             leaves = np.ones(len(rows), bool) if exit == last else np.asarray(decision.leaves)
@@ -156,9 +208,9 @@ class EarlyExit:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run_segment(graphdef, rule, n_best, state, threshold, progress):
+def _run_segment(graphdef, rule, n_best, state, limit, progress):
     block, head = nnx.merge(graphdef, state)
-    return _segment(block, head, rule, n_best, threshold, progress)
+    return _segment(block, head, rule, n_best, limit, progress)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -205,17 +257,21 @@ class SingleProgramEarlyExit:
     Args:
         model: with exits; its variables are those of now.
         policy: when to leave.
+
+    Raises:
+        InputError: the policy's predictor is for another number of exits.
     """
 
     def __init__(self, model: ExitModel, policy: ExitPolicy):
         self.policy = policy
         self.num_exits = len(model.blocks)
+        self._limits = _limits(policy, self.num_exits)
         graphdef, self._state = nnx.split(model)
 
         @jax.jit
-        def run(state, threshold, max_exit, audio, audio_lengths):
+        def run(state, limits, max_exit, audio, audio_lengths):
             return _run_loop(
-                nnx.merge(graphdef, state), policy, threshold, max_exit, audio, audio_lengths
+                nnx.merge(graphdef, state), policy, limits, max_exit, audio, audio_lengths
             )
 
         self._run = run
@@ -233,17 +289,15 @@ class SingleProgramEarlyExit:
             raise InputError(
                 f"a batch of {len(audio)}: the single program takes 1 utterance; use EarlyExit for batches"
             )
-        exit, tokens, score = self._run(
-            self._state, self.policy.threshold, last, audio, audio_lengths
-        )
+        exit, tokens, score = self._run(self._state, self._limits, last, audio, audio_lengths)
         tokens = np.asarray(tokens[0])
         return ExitResult([tokens[tokens != BLANK]], np.asarray(exit)[None], np.asarray(score))
 
 
-def _run_loop(model: ExitModel, policy: ExitPolicy, threshold, max_exit, audio, audio_lengths):
+def _run_loop(model: ExitModel, policy: ExitPolicy, limits, max_exit, audio, audio_lengths):
     segments = [
-        functools.partial(_segment, block, head, policy.rule, policy.n_best, threshold)
-        for block, head in zip(model.blocks, model.heads, strict=True)
+        functools.partial(_segment, block, head, policy.rule, policy.n_best, limit)
+        for block, head, limit in zip(model.blocks, model.heads, limits, strict=True)
     ]
 
     def goes_on(carry):

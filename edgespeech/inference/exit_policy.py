@@ -8,17 +8,21 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from edgespeech.data.corpus import write_atomically
 from edgespeech.errors import InputError
 from edgespeech.inference.exit_criteria import ExitRule
+from edgespeech.inference.exit_predictor import ExitPredictor, load_predictor, save_predictor
 
 FORMAT = 1
 FILE_NAME = "exit_policy.json"
 MOST_THRESHOLDS = 1000
+CALIBRATED = "calibrated"
+PolicyRule = ExitRule | Literal["calibrated"]
+RULES: tuple[PolicyRule, ...] = (*get_args(ExitRule), CALIBRATED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,29 +30,33 @@ class ExitPolicy:
     """A rule with its threshold: an utterance takes the first exit that passes, and the last one in any case.
 
     Attributes:
-        rule: see `exit_criteria`.
+        rule: see `exit_criteria`; or `calibrated`, see `exit_predictor`.
         threshold: in the rule's unit; `entropy` passes at or below it, the others at or above it. Infinities are
             allowed: one of them takes the first exit always, the other the last.
         n_best: label sequences of the rule `posterior`.
+        predictor: of the rule `calibrated`, which needs one.
 
     Raises:
-        InputError: the rule is unknown, the threshold is NaN, or n_best is below 1.
+        InputError: the rule is unknown, the threshold is NaN, n_best is below 1, or the predictor is missing.
     """
 
-    rule: ExitRule
+    rule: PolicyRule
     threshold: float
     n_best: int = 8
+    predictor: ExitPredictor | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):
-        if self.rule not in get_args(ExitRule):
-            raise InputError(f"exit rule is {self.rule!r}: choose {', '.join(get_args(ExitRule))}")
+        if self.rule not in RULES:
+            raise InputError(f"exit rule is {self.rule!r}: choose {', '.join(RULES)}")
+        if self.rule == CALIBRATED and self.predictor is None:
+            raise InputError(f"exit rule is {self.rule!r} without a predictor: fit one and give it")
         if math.isnan(self.threshold):
             raise InputError("exit threshold is nan: it must be a number or an infinity")
         if self.n_best < 1:
             raise InputError(f"n_best is {self.n_best}: it must be at least 1")
 
 
-def passes(rule: ExitRule, scores, threshold):
+def passes(rule: PolicyRule, scores, threshold):
     """Which scores let an utterance leave: `<= threshold` for the entropy, `>= threshold` for the other rules.
 
     Works on NumPy's arrays and on JAX's.
@@ -86,7 +94,7 @@ class ExitCurve(NamedTuple):
     wer: np.ndarray
 
 
-def chosen_exits(rule: ExitRule, threshold: float, scores: np.ndarray) -> np.ndarray:
+def chosen_exits(rule: PolicyRule, threshold: float, scores: np.ndarray) -> np.ndarray:
     """The first exit of each utterance that passes, or the last: `[e u] -> [u]`, counted from 0."""
     passing = np.array(passes(rule, scores, threshold))
     passing[-1] = True
@@ -102,7 +110,7 @@ def cost_and_wer(exits: np.ndarray, statistics: ExitStatistics) -> tuple[float, 
     return float(cost), float(errors / statistics.words.sum())
 
 
-def exit_curve(rule: ExitRule, statistics: ExitStatistics) -> ExitCurve:
+def exit_curve(rule: PolicyRule, statistics: ExitStatistics) -> ExitCurve:
     """The curve of a rule: every threshold that changes a decision, at most about a thousand."""
     values = np.unique(statistics.scores[:-1])
     if len(values) > MOST_THRESHOLDS:
@@ -120,7 +128,7 @@ def exit_curve(rule: ExitRule, statistics: ExitStatistics) -> ExitCurve:
 
 
 def tune_threshold(
-    rule: ExitRule,
+    rule: PolicyRule,
     statistics: ExitStatistics,
     *,
     target_cost: float | None = None,
@@ -190,13 +198,15 @@ def exit_for_budget(costs: Sequence[float], budget: float) -> int:
 
 
 def save_policy(folder: str | Path, policy: ExitPolicy, about: dict | None = None) -> None:
-    """Writes `exit_policy.json` into a model's folder.
+    """Writes `exit_policy.json` into a model's folder, and `exit_predictor.json` where the policy has a predictor.
 
     Args:
         folder: exists.
         policy: what is saved.
         about: how it was tuned (data, targets), plain JSON.
     """
+    if policy.predictor is not None:
+        save_predictor(folder, policy.predictor)
     # JSON has no infinities: the threshold is text, exact to the bit.
     content = {
         "format": FORMAT,
@@ -220,7 +230,10 @@ def load_policy(folder: str | Path) -> ExitPolicy:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
-        return ExitPolicy(content["rule"], float(content["threshold"]), int(content["n_best"]))
+        predictor = load_predictor(folder) if content["rule"] == CALIBRATED else None
+        return ExitPolicy(
+            content["rule"], float(content["threshold"]), int(content["n_best"]), predictor
+        )
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: tune a threshold and save it first") from error
     except InputError:

@@ -6,7 +6,7 @@ import jiwer
 import numpy as np
 import pytest
 
-from edgespeech.evaluation.exit_curves import DIRECTIONS, PRICES, analyse, features_of
+from edgespeech.evaluation.exit_curves import PRICES, analyse, features_of
 from edgespeech.evaluation.exit_plots import wer_against_compute, wer_against_layer
 from edgespeech.evaluation.exit_scores import ExitScores, load_exit_scores, save_exit_scores
 from edgespeech.evaluation.wer import score
@@ -154,14 +154,14 @@ def test_gaps():
         closed = (fixed["cost"] - found["cost"]) / (fixed["cost"] - oracle_cost)
         assert found["closed"] == pytest.approx(closed)
         reached += 1
-    assert 0 < reached < len(DIRECTIONS)
+    assert 0 < reached < len(RULES) + 1
 
 
 def test_equal_exits_have_no_gap():
     same = TEST._replace(results=(TEST.results[1],) * 3)
     report, _ = analyse(CONFIG, DEV._replace(results=(DEV.results[1],) * 3), same)
     assert report["best_fixed"] == 1  # the cheapest of equals
-    for rule in DIRECTIONS:
+    for rule in (*RULES, "calibrated"):
         assert report["gaps"][rule]["equal_compute"]["closed"] is None
         assert report["gaps"][rule]["equal_wer"]["closed"] is None
 

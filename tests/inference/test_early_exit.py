@@ -13,6 +13,7 @@ from edgespeech.inference import early_exit
 from edgespeech.inference.early_exit import EarlyExit, SingleProgramEarlyExit
 from edgespeech.inference.exit_criteria import ExitRule, all_exit_scores
 from edgespeech.inference.exit_policy import ExitPolicy, chosen_exits, exit_for_budget
+from edgespeech.inference.exit_predictor import ExitPredictor
 from edgespeech.models.exit_macs import exit_macs
 from tests.support.tiny_exits import exit_audio, exit_model
 
@@ -66,6 +67,51 @@ def test_batch_takes_the_exits_of_the_whole_pass(rule):
     result = EarlyExit(model(), policy)(*exit_audio(SAMPLES))
     assert_result(result, rule, threshold, range(len(SAMPLES)))
     assert len(set(result.exits.tolist())) > 1
+
+
+def calibrated():
+    """A predictor with weights that spread the probabilities, its probabilities `[e b]`, and a threshold."""
+    rng = np.random.default_rng(0)
+    x = np.stack(
+        [
+            np.log(traces()["entropy"][0] + 1e-6),
+            np.log(np.maximum(1.0 - traces()["max_probability"][0], 0.0) + 1e-6),
+            traces()["similarity"][0],
+            traces()["patience"][0] >= 2,
+            np.log(np.maximum(np.broadcast_to(frames(), traces()["entropy"][0].shape), 1.0)),
+        ],
+        axis=-1,
+    )
+    weights = rng.normal(size=(2, 5))
+    bias = -np.einsum("euf,ef->eu", x[:2], weights).mean(1)
+    p = 1.0 / (1.0 + np.exp(-(np.einsum("euf,ef->eu", x[:2], weights) + bias[:, None])))
+    return ExitPredictor(weights, bias), np.concatenate([p, np.ones((1, len(SAMPLES)))])
+
+
+def frames():
+    return [model().config.num_frames(samples) for samples in SAMPLES]
+
+
+@pytest.mark.parametrize("program", [EarlyExit, SingleProgramEarlyExit])
+def test_the_calibrated_rule_weighs_what_the_other_rules_score(program):
+    predictor, probabilities = calibrated()
+    threshold = between(probabilities[:2])
+    wanted = np.argmax(probabilities >= threshold, axis=0)
+    assert len(set(wanted.tolist())) > 1
+    run = program(model(), ExitPolicy("calibrated", threshold, predictor=predictor))
+    audio, lengths = exit_audio(SAMPLES)
+    groups = [range(len(SAMPLES))] if program is EarlyExit else [[row] for row in range(5)]
+    for rows in groups:
+        result = run(audio[list(rows)], lengths[list(rows)])
+        for exit, score, row in zip(result.exits, result.scores, rows, strict=True):
+            assert exit == wanted[row] + 1
+            assert score == pytest.approx(probabilities[wanted[row], row], abs=1e-3)
+
+
+def test_a_predictor_of_other_exits():
+    predictor = ExitPredictor(np.zeros((3, 5)), np.zeros(3))
+    with pytest.raises(InputError, match="predictor is for 4 exits and the model has 3"):
+        EarlyExit(model(), ExitPolicy("calibrated", 0.5, predictor=predictor))
 
 
 @pytest.mark.parametrize("program", [EarlyExit, SingleProgramEarlyExit])

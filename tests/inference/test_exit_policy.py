@@ -20,6 +20,7 @@ from edgespeech.inference.exit_policy import (
     save_policy,
     tune_threshold,
 )
+from edgespeech.inference.exit_predictor import ExitPredictor
 
 # Three exits, four utterances; entropies fall with depth.
 ENTROPY = np.array([[0.9, 0.2, 0.6, 0.4], [0.5, 0.1, 0.6, 0.2], [0.3, 0.1, 0.4, 0.1]])
@@ -141,6 +142,21 @@ def test_policy_round_trip(tmp_path, threshold):
     assert load_policy(tmp_path) == policy
     content = json.loads((tmp_path / "exit_policy.json").read_text(), parse_constant=pytest.fail)
     assert content["about"] == {"data": "dev"}
+
+
+def test_a_calibrated_policy_takes_its_predictor_along(tmp_path):
+    predictor = ExitPredictor(np.arange(10.0).reshape(2, 5), np.array([0.5, -0.25]))
+    save_policy(tmp_path, ExitPolicy("calibrated", 0.75, predictor=predictor))
+    found = load_policy(tmp_path)
+    assert (found.rule, found.threshold) == ("calibrated", 0.75)
+    assert found.predictor is not None
+    np.testing.assert_array_equal(found.predictor.weights, predictor.weights)
+    np.testing.assert_array_equal(found.predictor.bias, predictor.bias)
+    (tmp_path / "exit_predictor.json").unlink()
+    with pytest.raises(InputError, match=r"exit_predictor.json is missing"):
+        load_policy(tmp_path)
+    with pytest.raises(InputError, match="'calibrated' without a predictor"):
+        ExitPolicy("calibrated", 0.75)
 
 
 @pytest.mark.parametrize(
