@@ -231,9 +231,27 @@ class Wav2Vec2(nnx.Module):
         keys = (None,) * (len(self.layers) + 2)
         if key is not None:
             keys = tuple(jax.random.split(key, len(keys)))
-        augment_key, input_key, *layer_keys = keys
-        audio = jnp.where(mask_from_lengths(audio_lengths, audio.shape[1]), audio, 0.0)
+        augment_key, dropout_key, *layer_keys = keys
+        x, lengths = self.embed(audio, audio_lengths, augment_key, dropout_key)
+        hidden = run_layers(self.layers, x, lengths, layer_keys, scan=self.scan_layers)
         frames = self.config.num_frames(audio_lengths)
+        return CTCOutput(self.logits(hidden[-1]), frames, hidden)
+
+    def embed(
+        self,
+        audio: Audio,
+        audio_lengths: Lengths,
+        augment_key: Array | None = None,
+        dropout_key: Array | None = None,
+    ) -> tuple[Frames, Lengths]:
+        """Audio to the input of the first layer and the lengths that layers see: `[b t], [b] -> [b n d], [b]`.
+
+        SpecAugment and dropout only with their keys.
+
+        Raises:
+            InputError: the batch is too short for a frame. A row of it that is too short has 0 frames.
+        """
+        audio = jnp.where(mask_from_lengths(audio_lengths, audio.shape[1]), audio, 0.0)
         if self.config.padding == "upstream":
             assert isinstance(self.front_end, WaveformFrontEnd)  # the config has no other
             x, lengths = self.front_end(audio, audio_lengths, sees_padding=True)
@@ -251,9 +269,7 @@ class Wav2Vec2(nnx.Module):
         x = x + self.positions(x, lengths)
         if not self.config.norm_first:
             x = self.norm(x)
-        x = dropout(x, self.config.dropout, input_key)
-        hidden = run_layers(self.layers, x, lengths, layer_keys, scan=self.scan_layers)
-        return CTCOutput(self.logits(hidden[-1]), frames, hidden)
+        return dropout(x, self.config.dropout, dropout_key), lengths
 
     def logits(self, hidden: Frames) -> Logits:
         """The head on the output of any layer, `[b n d] -> [b n v]`."""
