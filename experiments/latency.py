@@ -11,6 +11,10 @@ SepFormer, of 8 kHz audio, with LPA in its intra-chunk layers, beside SpeechBrai
 
     python -m experiments.latency --model=sepformer --replaced=0,8,16 --seconds=1,10,60 --peers --json=sepformer.json
 
+Models with exits, segment by segment against the whole:
+
+    python -m experiments.latency --model=splitformer --seconds=2,10 --json=exits.json
+
 Batch 1, float32, random weights, noise for audio. Everything is timed in one process, in turn: an idle machine and
 medians, not the smallest time, make the figures. `--json` holds all that is printed.
 """
@@ -22,13 +26,14 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 from absl import flags
+from flax import nnx
 
 from edgespeech.data.corpus import write_atomically
 from edgespeech.errors import InputError
@@ -40,9 +45,9 @@ from edgespeech.evaluation.latency import (
     limit_threads,
     peak_memory_mb,
     ratios,
-    real_time_factor,
     sum_parts,
 )
+from edgespeech.evaluation.latency_exits import exit_calls, exit_rows, segmentation_cost
 from edgespeech.evaluation.latency_models import (
     TimedModel,
     TimedWav2Vec2,
@@ -53,10 +58,15 @@ from edgespeech.evaluation.latency_models import (
 from edgespeech.evaluation.latency_peers import PACKAGES, PEERS, find_peers
 from edgespeech.evaluation.latency_sepformer import TimedSepFormer
 from edgespeech.evaluation.machine import device, versions
+from edgespeech.inference.exit_criteria import ExitRule
 from edgespeech.models.sepformer import SepFormerConfig
-from edgespeech.models.wav2vec2 import Wav2Vec2Config
+from edgespeech.models.splitformer import Splitformer, SplitformerConfig
+from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits
+from edgespeech.types import SAMPLE_RATE
 from experiments import program
 from experiments.flags import int_list
+from experiments.latency_tables import render, render_exits
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(program)
@@ -69,7 +79,20 @@ MODELS: dict[str, TimedModel] = {
     "sepformer_tiny": TimedSepFormer(SepFormerConfig.tiny()),
 }
 
-flags.DEFINE_enum("model", "wav2vec2_base", sorted(MODELS), "What is timed.")
+# Models with exits, and what makes them.
+EXIT_MODELS: dict[str, Callable[[], Any]] = {
+    "splitformer": lambda: Splitformer(SplitformerConfig.splitformer("fixed"), rngs=nnx.Rngs(0)),
+    "splitformer_tiny": lambda: Splitformer(SplitformerConfig.tiny(), rngs=nnx.Rngs(0)),
+    "ee_baseline": lambda: Splitformer(SplitformerConfig.ee_baseline("fixed"), rngs=nnx.Rngs(0)),
+    "wav2vec2_base_exits": lambda: Wav2Vec2Exits(
+        Wav2Vec2(Wav2Vec2Config.base(), rngs=nnx.Rngs(0)), range(2, 13, 2)
+    ),
+}
+
+flags.DEFINE_enum("model", "wav2vec2_base", sorted(MODELS | EXIT_MODELS), "What is timed.")
+flags.DEFINE_enum(
+    "rule", "entropy", get_args(ExitRule), "Exit rule whose scores a model with exits computes."
+)
 flags.DEFINE_list(
     "replaced",
     ["0", "8", "12"],
@@ -92,14 +115,17 @@ flags.DEFINE_string("json", None, "File for the results.")
 
 def experiment() -> None:
     """Check the flags, prepare everything, time it in turn, measure memory, report."""
-    timed = MODELS[FLAGS.model]
-    replaced = read_replaced(timed)
-    order = read_order(timed, replaced[-1])
-    seconds = read_seconds(timed)
     if FLAGS.repeats < 1:
         raise InputError(f"--repeats={FLAGS.repeats}: a median needs at least 1")
     if FLAGS.json:
         check_writable(Path(FLAGS.json))
+    if FLAGS.model in EXIT_MODELS:
+        time_exits()
+        return
+    timed = MODELS[FLAGS.model]
+    replaced = read_replaced(timed)
+    order = read_order(timed, replaced[-1])
+    seconds = read_seconds(timed.num_frames, timed.sample_rate)
     threads = limit_threads(FLAGS.threads)
     on_cpu = jax.default_backend() == "cpu"
     if FLAGS.peers and not on_cpu:
@@ -166,16 +192,57 @@ def experiment() -> None:
         notes.append("peak memory is absent: it is measured on the CPU alone")
 
     # ------------------------------------------------------------------ report
-    result = {
-        "results": rows,
-        "ratios": ratios(rows, list(PEERS)),
+    result = {"results": rows, "ratios": ratios(rows, list(PEERS))} | facts(threads)
+    print(render(result, notes))
+    write_json(result)
+
+
+def time_exits() -> None:
+    """A model with exits: what its segments cost, and what leaving early saves."""
+    model = EXIT_MODELS[FLAGS.model]()
+    frames = (model.encoder if isinstance(model, Wav2Vec2Exits) else model).config.num_frames
+    seconds, threads = read_seconds(frames, SAMPLE_RATE), limit_threads(FLAGS.threads)
+    random = np.random.default_rng(0)
+    calls: dict[tuple[float, str, int], Call] = {}
+    for s in seconds:
+        say(f"{FLAGS.model}, {s:g} s: compiling")
+        audio = random.normal(0.0, 0.1, (1, round(s * SAMPLE_RATE))).astype(np.float32)
+        calls |= {(s, *name): call for name, call in exit_calls(model, audio, FLAGS.rule).items()}
+    say(f"timing {len(calls)} contenders, {FLAGS.repeats} rounds")
+    timings = interleave(calls, FLAGS.repeats)
+    result: dict[str, Any] = {"rule": FLAGS.rule, "exits": [], "segmented_over_whole": {}}
+    for s in seconds:
+        own = {name[1:]: timing for name, timing in timings.items() if name[0] == s}
+        rows = exit_rows(own)
+        result["segmented_over_whole"][f"{s:g}"] = segmentation_cost(own, rows)
+        result["exits"] += [
+            {
+                "model": FLAGS.model,
+                "seconds": s,
+                **row._asdict(),
+                "overhead": row.overhead,
+                "whole_ms": own["whole", 0].median_ms,
+            }
+            for row in rows
+        ]
+    result |= facts(threads)
+    print(render_exits(result))
+    write_json(result)
+
+
+def facts(threads: int) -> dict[str, Any]:
+    """What every result says of its run."""
+    return {
         "versions": versions() | {name: package_version(name) for name in PACKAGES},
         "device": device(),
         "threads": threads,
         "date": datetime.date.today().isoformat(),
         "command": program.command_line(),
     }
-    print(render(result, notes))
+
+
+def write_json(result: dict) -> None:
+    """Writes the results to --json, if it is given."""
     if FLAGS.json:
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
         write_atomically(Path(FLAGS.json), lambda file: file.write(text.encode()))
@@ -222,14 +289,14 @@ def read_order(timed: TimedModel, count: int) -> list[int]:
     return [int(layer) - 1 for layer in FLAGS.order]
 
 
-def read_seconds(timed: TimedModel) -> list[float]:
-    """--seconds, ascending.
+def read_seconds(num_frames: Callable[[int], int], sample_rate: int) -> list[float]:
+    """--seconds, ascending, for a model that makes so many frames of audio at a rate.
 
     Raises:
         InputError: none, not a number, or too short for one frame.
     """
     shortest = 1
-    while timed.num_frames(shortest) < 1:
+    while num_frames(shortest) < 1:
         shortest += 1
     seconds = set()
     for text in FLAGS.seconds:
@@ -239,9 +306,9 @@ def read_seconds(timed: TimedModel) -> list[float]:
             value = math.nan
         if not math.isfinite(value):
             raise InputError(f"--seconds holds {text!r}: give numbers parted by commas")
-        if value * timed.sample_rate < shortest:
+        if value * sample_rate < shortest:
             raise InputError(
-                f"--seconds holds {text}: one frame of {FLAGS.model} takes {shortest / timed.sample_rate:g} s or more"
+                f"--seconds holds {text}: one frame of {FLAGS.model} takes {shortest / sample_rate:g} s or more"
             )
         seconds.add(value)
     if not seconds:
@@ -273,110 +340,6 @@ def package_version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-# ------------------------------------------------------------------------------------ tables
-
-
-def render(result: dict, notes: Sequence[str]) -> str:
-    """The tables for the terminal."""
-    rows, found, machine = result["results"], result["ratios"], result["device"]
-    peers = [name for name in PEERS if found[f"vs_{name}"]]
-    blocks = [
-        f"Latency of {FLAGS.model}: batch 1, float32, {result['threads']} threads, {machine['cpu']}, "
-        f"jax {result['versions']['jax']}, {result['date']}",
-        table(
-            "Time and memory (median of the rounds, IQR = interquartile range, RTF = time / duration)",
-            ["implementation", "replaced", "seconds", "median ms", "IQR ms", "RTF", "peak MB"],
-            [
-                [
-                    *(row["implementation"], row["replaced"], f"{row['seconds']:g}"),
-                    *(f"{row['median_ms']:.1f}", f"{row['spread_ms']:.1f}"),
-                    f"{real_time_factor(row['median_ms'], row['seconds']):.4f}",
-                    "n/a" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
-                ]
-                for row in rows
-            ],
-        ),
-        per_second_table(rows),
-        *([parts_table(rows)] if FLAGS.parts else []),
-        table(
-            f"Like for like: {OURS} with 0 layers replaced over {OURS} with N, and the Amdahl bound from the parts",
-            ["replaced", "seconds", "times faster", "bound", "share of the bound"],
-            [
-                [count, s, f"{ratio:.2f}", *bound_cells(ratio, found["amdahl_bound"], s, count)]
-                for s, by_count in found["like_for_like"].items()
-                for count, ratio in by_count.items()
-            ],
-        ),
-        table(
-            f"Against other implementations, whose framework and kernels differ: theirs over {OURS}",
-            ["replaced", "seconds", *peers],
-            [
-                [count, s, *(f"{found[f'vs_{name}'][s][count]:.2f}" for name in peers)]
-                for s in (found[f"vs_{peers[0]}"] if peers else ())
-                for count in found[f"vs_{peers[0]}"][s]
-            ],
-        ),
-        *(f"note: {note}" for note in notes),
-    ]
-    return "\n\n".join(blocks)
-
-
-def bound_cells(ratio: float, bounds: dict, seconds: str, count: str) -> list[str]:
-    """The bound and the share of it that a ratio reaches."""
-    if not bounds:
-        return ["n/a", "n/a"]
-    bound = bounds[seconds][count]
-    return [f"{bound:.2f}", f"{ratio / bound:.1%}"]
-
-
-def per_second_table(rows: Sequence[dict]) -> str:
-    """A model that is linear in the length has the same number in every column."""
-    lengths = sorted({row["seconds"] for row in rows})
-    per_second = {
-        (row["implementation"], row["replaced"], row["seconds"]): row["median_ms"] / row["seconds"]
-        for row in rows
-    }
-    return table(
-        "Milliseconds per second of audio, by length",
-        ["implementation", "replaced", *(f"{s:g} s" for s in lengths)],
-        [
-            [*model, *(f"{per_second[(*model, s)]:.2f}" for s in lengths)]
-            for model in dict.fromkeys(name[:2] for name in per_second)
-        ],
-    )
-
-
-def parts_table(rows: Sequence[dict]) -> str:
-    """Milliseconds per part, and how much of the whole model's time the parts explain."""
-    ours = [row for row in rows if row["implementation"] == OURS]
-    parts = list(ours[0]["parts_ms"])
-    return table(
-        f"Parts of {OURS} in ms, each compiled and timed on its own",
-        ["replaced", "seconds", *parts, "sum / whole"],
-        [
-            [
-                *(row["replaced"], f"{row['seconds']:g}"),
-                *(f"{row['parts_ms'][part]:.1f}" for part in parts),
-                f"{sum(row['parts_ms'].values()) / row['median_ms']:.1%}",
-            ]
-            for row in ours
-        ],
-    )
-
-
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A title and columns aligned to the right."""
-    if not rows:
-        return f"{title}: none"
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in cells
-    )
-    return "\n".join([title, *lines])
 
 
 if __name__ == "__main__":

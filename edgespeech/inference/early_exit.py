@@ -5,7 +5,7 @@ either started or not.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -158,13 +158,14 @@ class EarlyExit:
         self.policy = policy
         self.num_exits = len(model.blocks)
         self._limits = _limits(policy, self.num_exits)
-        graphdef, self._state = nnx.split(model)
-        self._embed = jax.jit(
-            lambda state, audio, lengths: _start(nnx.merge(graphdef, state), audio, lengths)
-        )
-        self._segments = [
-            nnx.split((block, head)) for block, head in zip(model.blocks, model.heads, strict=True)
-        ]
+        merge, self._leaves = _take_apart(model)
+        self._embed = jax.jit(lambda leaves, audio, lengths: _start(merge(leaves), audio, lengths))
+        self._segments = []
+        for block, head in zip(model.blocks, model.heads, strict=True):
+            graphdef, state = nnx.split((block, head))
+            leaves, structure = jax.tree.flatten(state)
+            program = _segment_program(graphdef, structure, policy.rule, policy.n_best)
+            self._segments.append((program, leaves))
 
     def __call__(
         self, audio: Audio, audio_lengths: Lengths, max_exit: int | None = None
@@ -180,21 +181,14 @@ class EarlyExit:
             InputError: max_exit is not an exit, or the batch is too short for a frame.
         """
         last = _checked_exit(max_exit, self.num_exits)
-        progress = self._embed(self._state, audio, audio_lengths)
+        progress = self._embed(self._leaves, audio, audio_lengths)
         b = len(progress.x)
         rows = np.arange(b)  # the utterance in each row; -1: filler, or one that has left
         finished: list[tuple[int, np.ndarray, Array, Array]] = []
         lengths = None
         for exit in range(1, last + 1):
-            graphdef, state = self._segments[exit - 1]
-            progress, decision = _run_segment(
-                graphdef,
-                self.policy.rule,
-                self.policy.n_best,
-                state,
-                self._limits[exit - 1],
-                progress,
-            )
+            program, weights = self._segments[exit - 1]
+            progress, decision = program(weights, self._limits[exit - 1], progress)
             leaves = np.ones(len(rows), bool) if exit == last else np.asarray(decision.leaves)
             finished.append((exit, np.where(leaves, rows, -1), progress.tokens, decision.score))
             rows = np.where(leaves, -1, rows)
@@ -207,10 +201,22 @@ class EarlyExit:
         return _collect(finished, b)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run_segment(graphdef, rule, n_best, state, limit, progress):
-    block, head = nnx.merge(graphdef, state)
-    return _segment(block, head, rule, n_best, limit, progress)
+# Segments of equal structure share a program. It is looked up once: hashing a structure takes longer than a start.
+@functools.lru_cache(maxsize=64)
+def _segment_program(graphdef, structure, rule: PolicyRule, n_best: int):
+    @jax.jit
+    def run(leaves, limit, progress):
+        block, head = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+        return _segment(block, head, rule, n_best, limit, progress)
+
+    return run
+
+
+def _take_apart(model: Any) -> tuple[Callable[[list[Array]], Any], list[Array]]:
+    """A function from the model's arrays to the model, and the arrays: a flat list, which is quick to hand over."""
+    graphdef, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten(state)
+    return lambda leaves: nnx.merge(graphdef, jax.tree.unflatten(structure, leaves)), leaves
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -266,13 +272,11 @@ class SingleProgramEarlyExit:
         self.policy = policy
         self.num_exits = len(model.blocks)
         self._limits = _limits(policy, self.num_exits)
-        graphdef, self._state = nnx.split(model)
+        merge, self._leaves = _take_apart(model)
 
         @jax.jit
-        def run(state, limits, max_exit, audio, audio_lengths):
-            return _run_loop(
-                nnx.merge(graphdef, state), policy, limits, max_exit, audio, audio_lengths
-            )
+        def run(leaves, limits, max_exit, audio, audio_lengths):
+            return _run_loop(merge(leaves), policy, limits, max_exit, audio, audio_lengths)
 
         self._run = run
 
@@ -289,7 +293,7 @@ class SingleProgramEarlyExit:
             raise InputError(
                 f"a batch of {len(audio)}: the single program takes 1 utterance; use EarlyExit for batches"
             )
-        exit, tokens, score = self._run(self._state, self._limits, last, audio, audio_lengths)
+        exit, tokens, score = self._run(self._leaves, self._limits, last, audio, audio_lengths)
         tokens = np.asarray(tokens[0])
         return ExitResult([tokens[tokens != BLANK]], np.asarray(exit)[None], np.asarray(score))
 

@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from edgespeech.errors import InputError
-from edgespeech.inference import early_exit
 from edgespeech.inference.early_exit import EarlyExit, SingleProgramEarlyExit
 from edgespeech.inference.exit_criteria import ExitRule, all_exit_scores
 from edgespeech.inference.exit_policy import ExitPolicy, chosen_exits, exit_for_budget
@@ -146,15 +145,22 @@ def test_budget_in_fractions_of_compute():
     assert set(run(*exit_audio(SAMPLES), max_exit=deepest).exits) == {2}
 
 
-def test_survivors_are_regrouped(monkeypatch):
+def watched(run: EarlyExit, shapes: list) -> EarlyExit:
+    """The same, noting the shape that goes into each segment."""
+
+    def watch(program):
+        def call(leaves, limit, progress):
+            shapes.append(progress.x.shape[:2])
+            return program(leaves, limit, progress)
+
+        return call
+
+    run._segments = [(watch(program), leaves) for program, leaves in run._segments]
+    return run
+
+
+def test_survivors_are_regrouped():
     shapes = []
-
-    def spy(graphdef, rule, n_best, state, threshold, progress):
-        shapes.append(progress.x.shape[:2])
-        return segment(graphdef, rule, n_best, state, threshold, progress)
-
-    segment = early_exit._run_segment
-    monkeypatch.setattr(early_exit, "_run_segment", spy)
     # Three of the four leave at the first exit; the one that goes on has 5 frames of 40.
     audio, lengths = exit_audio(SAMPLES)
     scores, _ = traces()["entropy"]
@@ -162,21 +168,22 @@ def test_survivors_are_regrouped(monkeypatch):
     assert scores[0, 0] > 0
     threshold = np.sort(scores[0, rows])[-1] - 1e-3
     strict = int(rows[np.argmax(scores[0, rows])])
-    EarlyExit(model(), ExitPolicy("entropy", float(threshold)))(audio[rows], lengths[rows])
+    policy = ExitPolicy("entropy", float(threshold))
+    watched(EarlyExit(model(), policy), shapes)(audio[rows], lengths[rows])
     frames = model().config.num_frames(SAMPLES[strict])
     assert shapes[0] == (4, 40)
     assert shapes[1] == (1, 32 if frames <= 32 else 40)
     shapes.clear()
-    EarlyExit(model(), ExitPolicy("entropy", np.inf))(audio[rows], lengths[rows])
+    everyone = ExitPolicy("entropy", np.inf)
+    watched(EarlyExit(model(), everyone), shapes)(audio[rows], lengths[rows])
     assert shapes == [(4, 40)]
 
 
 def test_equal_segments_share_a_compilation():
-    plain = exit_model(branches="none")
-    run = EarlyExit(plain, ExitPolicy("entropy", -np.inf))
-    before = early_exit._run_segment._cache_size()
-    run(*exit_audio((3520, 2880)))
-    assert early_exit._run_segment._cache_size() == before + 1
+    run = EarlyExit(exit_model(branches="none"), ExitPolicy("max_probability", np.inf))
+    (program,) = {program for program, _ in run._segments}
+    assert run(*exit_audio((3520, 2880))).exits.tolist() == [3, 3]
+    assert program._cache_size() == 1
 
 
 @pytest.mark.parametrize("max_exit", [0, 4])
