@@ -2,7 +2,7 @@
 
 Command     python -m experiments.lpa_librispeech --workdir=runs/lpa
 Hardware    2 CPU cores; uses every local device it finds
-Time        about 15 minutes after installation with the default, synthetic data
+Time        about 13 minutes after installation with the default, synthetic data
 Expect      WORKDIR/report.md: a teacher below 5% WER on the synthetic test set, and WER against the number of layers
             whose attention was replaced (0, 2, 4, 6, 8 of 12), beside three controls at 8; see docs/results/
 
@@ -26,7 +26,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 from flax import nnx
 
