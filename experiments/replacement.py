@@ -82,7 +82,8 @@ def replace_layers(
         pulses, errors = run_sweep(
             "lpa", teacher, lpa_factory(recipe.lpa), recipe.sweep_steps, pairs, job
         )
-    order, most = replacement_order(errors), recipe.replaced[-1]
+    order = replacement_order(errors, recipe.order, recipe.seed)
+    most = recipe.replaced[-1]
     run.say("order of replacement: " + " ".join(str(i + 1) for i in order))
 
     # ---------------------------------------------------------------- replace, distil, evaluate

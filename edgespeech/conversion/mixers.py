@@ -7,6 +7,7 @@ from flax import nnx
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import LPA, LPAConfig
 from edgespeech.nn.rotary import RotarySelfAttention
+from edgespeech.nn.summary_mixing import SummaryMixing
 from edgespeech.nn.token_mixer_controls import Removed, sliding_window
 
 # attention, rngs -> mixer
@@ -21,7 +22,7 @@ LPA_CONTROLS = {
     "periodic_only": LPAConfig.periodic_only,
     "positional_only": LPAConfig.positional_only,
 }
-CONTROLS = (*LPA_CONTROLS, "sliding_window", "removed")
+CONTROLS = (*LPA_CONTROLS, "summary_mixing", "sliding_window", "removed")
 DEFAULT_CONTROLS = ("mean_only", "local_only", "removed")
 
 
@@ -39,6 +40,8 @@ def control_factory(name: str, window: int) -> MixerFactory:
     """
     if name in LPA_CONTROLS:
         return lpa_factory(LPA_CONTROLS[name]())
+    if name == "summary_mixing":
+        return lambda attention, rngs: SummaryMixing.from_attention(attention, rngs=rngs)
     if name == "sliding_window":
         return lambda attention, rngs: sliding_window(attention, window, rngs=rngs)
     if name == "removed":

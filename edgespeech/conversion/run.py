@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,9 @@ from edgespeech.conversion.task import Task
 from edgespeech.data.batching import Batch, BatchSource
 from edgespeech.training.loop import LoopConfig, train
 from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
+
+
+ReplacementOrder = Literal["mse", "relative_mse", "forward", "backward", "random"]
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,22 @@ class Progressive:
         return student
 
 
-def replacement_order(errors: Sequence[LayerError]) -> tuple[int, ...]:
-    """Layers from 0, by ascending MSE."""
-    return tuple(int(i) for i in np.argsort([error.mse for error in errors], kind="stable"))
+def replacement_order(
+    errors: Sequence[LayerError], rule: ReplacementOrder = "mse", seed: int = 0
+) -> tuple[int, ...]:
+    """All layers, counted from 0, in the order in which they are replaced.
+
+    Args:
+        errors: of the sweep, one a layer.
+        rule: `mse`, ascending error (the paper's diagnostic, as we read it); `relative_mse`, ascending share of the
+            variance that is missed; `forward`, from the first layer on; `backward`; `random`.
+        seed: of `random`.
+    """
+    layers = np.arange(len(errors))
+    if rule == "random":
+        layers = np.random.default_rng(seed).permutation(layers)
+    elif rule == "backward":
+        layers = layers[::-1]
+    elif rule != "forward":
+        layers = np.argsort([getattr(error, rule) for error in errors], kind="stable")
+    return tuple(int(layer) for layer in layers)

@@ -26,6 +26,7 @@ from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import LPA, LPAConfig, harden
 from edgespeech.nn.relative_attention import RelativeSelfAttention
 from edgespeech.nn.rotary import RotarySelfAttention
+from edgespeech.nn.summary_mixing import SummaryMixing
 from edgespeech.nn.token_mixer_controls import WINDOWED, Removed, sliding_window
 from edgespeech.ops.features import SpecAugmentConfig
 
@@ -149,6 +150,8 @@ def _describe(mixer: nnx.Module) -> dict[str, Any]:
         return {"kind": "lpa", "config": dataclasses.asdict(mixer.config)}
     if isinstance(mixer, WINDOWED):
         return {"kind": "sliding_window", "window": mixer.window}
+    if isinstance(mixer, SummaryMixing):
+        return {"kind": "summary_mixing"}
     if isinstance(mixer, Removed):
         return {"kind": "removed"}
     if isinstance(mixer, Attention):
@@ -164,6 +167,8 @@ def _build(attention: Any, description: dict[str, Any]) -> nnx.Module:
     if kind == "lpa":
         lpa = LPA.from_attention(attention, LPAConfig(**description["config"]), rngs=nnx.Rngs(0))
         return harden(lpa)
+    if kind == "summary_mixing":
+        return SummaryMixing.from_attention(attention, rngs=nnx.Rngs(0))
     if kind == "sliding_window":
         return sliding_window(attention, description["window"], rngs=nnx.Rngs(0))
     if kind == "removed":

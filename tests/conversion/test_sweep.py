@@ -288,6 +288,17 @@ def test_an_unknown_control():
         control_factory("nothing", 3)
 
 
+def test_other_orders():
+    errors = [LayerError(mse, variance) for mse, variance in ((3.0, 9.0), (1.0, 1.0), (2.0, 8.0))]
+    assert replacement_order(errors, "relative_mse") == (2, 0, 1)
+    assert replacement_order(errors, "forward") == (0, 1, 2)
+    assert replacement_order(errors, "backward") == (2, 1, 0)
+    shuffled = {replacement_order(errors, "random", seed) for seed in range(20)}
+    assert len(shuffled) > 3
+    assert all(sorted(order) == [0, 1, 2] for order in shuffled)
+    assert replacement_order(errors, "random", 5) == replacement_order(errors, "random", 5)
+
+
 def test_order_is_by_ascending_mse_and_stable():
     errors = [LayerError(mse, 1.0) for mse in (0.3, 0.1, 0.2, 0.1)]
     assert replacement_order(errors) == (1, 3, 2, 0)

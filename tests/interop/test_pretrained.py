@@ -209,6 +209,16 @@ def test_a_description_that_is_no_object(saved):
         load_pretrained(saved)
 
 
+def test_summary_mixing_is_saved_too(tmp_path):
+    model = tiny_model(seed=5)
+    for layer in model.layers:
+        layer.mixer = control_factory("summary_mixing", 1)(layer.mixer, nnx.Rngs(3))
+    save_pretrained(tmp_path, model, CharTokenizer(), {})
+    loaded, _, _ = load_pretrained(tmp_path)
+    assert_same_bits(nnx.state(loaded, nnx.Param), nnx.state(model, nnx.Param))
+    np.testing.assert_allclose(logits(loaded), logits(model), rtol=0, atol=1e-5)
+
+
 def test_attention_stays_attention(tmp_path):
     save_pretrained(tmp_path, tiny_model(), CharTokenizer(), {})
     loaded, _, _ = load_pretrained(tmp_path)
