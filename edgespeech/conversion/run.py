@@ -40,7 +40,6 @@ from edgespeech.data.batching import Batch, BatchSource
 from edgespeech.training.loop import LoopConfig, train
 from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
 
-
 ReplacementOrder = Literal["mse", "relative_mse", "forward", "backward", "random"]
 
 
