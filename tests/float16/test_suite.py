@@ -4,16 +4,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from launch.fp16_stability import (
+from edgespeech.evaluation.low_precision import (
     canaries,
     check,
-    compiled_floats,
     families,
     limit,
     operators,
-    traced_floats,
     value_and_gradient,
 )
+from edgespeech.evaluation.rounding_oracle import compiled_floats, traced_floats
 
 FLOAT16 = jnp.dtype(jnp.float16)
 OPERATORS = operators(FLOAT16)
