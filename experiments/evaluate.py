@@ -1,11 +1,12 @@
-"""Score a saved teacher or hybrid on any split by greedy decoding, and keep what it heard.
+"""Score a saved model on any split, by greedy decoding or by beam search with a language model, and keep what it heard.
 
 Command     python -m experiments.evaluate --checkpoint=WORKDIR/hybrid_8 --data=folder --data_dir=DIR --split=test-clean
             (or --checkpoint=facebook/wav2vec2-base-960h --output=DIR, or the folder of such a checkpoint; or
-            --checkpoint=wheel --output=DIR, the Moonshine of the extra `moonshine`)
+            --checkpoint=wheel --output=DIR, the Moonshine of the extra `moonshine`);
+            with --beam=16 --lm=FILE.arpa.gz --lm_weight=0.5 the beam search of a CTC model
 Hardware    anything; 2 CPU cores decode the tiny preset at a few hundred times real time
 Expect      WER with its 95% interval on the terminal, and CHECKPOINT/evaluations/NAME.json and NAME.jsonl: the score,
-            and the reference, hypothesis and errors of every utterance
+            and the reference, hypothesis and errors of every utterance; a beam search has its settings in the NAME
 """
 
 import dataclasses
@@ -23,10 +24,15 @@ from flax import nnx
 from edgespeech.data.batching import BatchConfig, BatchSource
 from edgespeech.data.sources import KINDS, open_corpus
 from edgespeech.errors import InputError
-from edgespeech.evaluation.decode import GreedyDecoder, Seq2SeqDecoder
+from edgespeech.evaluation.beam_decoder import BeamDecoder, FusionDecoder
+from edgespeech.evaluation.decode import Decoder, GreedyDecoder, Seq2SeqDecoder
 from edgespeech.evaluation.machine import device, versions
+from edgespeech.inference.fusion import FusionConfig
+from edgespeech.inference.language_model import read_arpa
 from edgespeech.interop.open_model import open_model
+from edgespeech.interop.pretrained import AnyTokenizer
 from edgespeech.models.moonshine import Moonshine
+from edgespeech.models.sepformer import SepFormer
 from edgespeech.models.wav2vec2 import Padding
 from experiments import asr, program
 
@@ -59,12 +65,69 @@ flags.DEFINE_enum(
     "Hugging Face is exact).",
 )
 flags.DEFINE_string("output", None, "Folder of the results (default: CHECKPOINT/evaluations).")
+flags.DEFINE_integer(
+    "beam", 0, "Prefixes of a CTC beam search; 0 decodes greedily.", lower_bound=0, upper_bound=1024
+)
+flags.DEFINE_string(
+    "lm",
+    None,
+    "ARPA file of a word language model for --beam, plain or .gz, spelled like the model's text.",
+)
+flags.DEFINE_float(
+    "lm_weight", FusionConfig.lm_weight, "Weight of the language model's log probability."
+)
+flags.DEFINE_float("word_bonus", FusionConfig.word_bonus, "Nats a word, with --beam.")
+flags.DEFINE_list("hot_words", [], "Words that are expected, with --beam.")
+flags.DEFINE_float("hot_bonus", FusionConfig.hot_bonus, "Nats for each of --hot_words.")
+
+
+def make_decoder(model: nnx.Module, tokenizer: AnyTokenizer) -> tuple[Decoder, str]:
+    """The decoder that the flags ask for, and what it adds to the name of the results.
+
+    Raises:
+        InputError: flags of a beam search without --beam, a beam search of an encoder-decoder, or see `read_arpa`.
+    """
+    graphdef, _ = nnx.split(model)
+    fused = bool(FLAGS.lm or FLAGS.hot_words or FLAGS.word_bonus)
+    if fused and not FLAGS.beam:
+        raise InputError("--lm, --hot_words and --word_bonus are for a beam search: add --beam=16")
+    if isinstance(model, Moonshine):
+        if FLAGS.beam:
+            raise InputError(
+                "--beam is for a model with a CTC head and this one is a Moonshine: leave it out"
+            )
+        return Seq2SeqDecoder(graphdef, tokenizer), ""
+    if not FLAGS.beam:
+        return GreedyDecoder(graphdef, tokenizer), ""
+    if not fused:
+        return BeamDecoder(graphdef, tokenizer, FLAGS.beam), f"_beam{FLAGS.beam}"
+    config = FusionConfig(
+        beam_width=FLAGS.beam,
+        lm_weight=FLAGS.lm_weight,
+        word_bonus=FLAGS.word_bonus,
+        hot_words=tuple(FLAGS.hot_words),
+        hot_bonus=FLAGS.hot_bonus,
+    )
+    name = f"_beam{FLAGS.beam}"
+    if FLAGS.lm:
+        name += f"_{Path(FLAGS.lm).name.split('.')[0]}{FLAGS.lm_weight:g}"
+    if FLAGS.word_bonus:
+        name += f"_bonus{FLAGS.word_bonus:g}"
+    if FLAGS.hot_words:
+        name += "_hot"
+    language_model = read_arpa(FLAGS.lm) if FLAGS.lm else None
+    return FusionDecoder(graphdef, tokenizer, config, language_model), name
 
 
 def experiment() -> None:
     """Decode, score, write."""
     checkpoint = Path(FLAGS.checkpoint)
     model, tokenizer, about = open_model(FLAGS.checkpoint, FLAGS.padding)
+    if tokenizer is None or isinstance(model, SepFormer):
+        raise InputError(
+            f"--checkpoint={FLAGS.checkpoint} is a {type(model).__name__}, which writes no text: choose a recogniser"
+        )
+    decoder, suffix = make_decoder(model, tokenizer)
     if not FLAGS.output and not checkpoint.is_dir():
         raise InputError(
             f"--checkpoint={FLAGS.checkpoint} is not a folder to write to: name one for the results, --output=DIR"
@@ -80,19 +143,23 @@ def experiment() -> None:
         batch_multiple=jax.local_device_count(),
     )
     source = BatchSource(corpus, None, config)
-    graphdef, state = nnx.split(model)
     start = time.monotonic()
-    decoder = Seq2SeqDecoder if isinstance(model, Moonshine) else GreedyDecoder
-    result = decoder(graphdef, tokenizer).score(state, source)
+    result = decoder.score(nnx.state(model), source)
     seconds = time.monotonic() - start
 
-    name = re.sub(r"[^\w.-]+", "_", f"{corpus.kind}_{FLAGS.split}")
+    name = re.sub(r"[^\w.-]+", "_", f"{corpus.kind}_{FLAGS.split}{suffix}")
     folder = Path(FLAGS.output) if FLAGS.output else checkpoint / "evaluations"
     folder.mkdir(parents=True, exist_ok=True)
     result.write_hypotheses(folder / f"{name}.jsonl")
     facts = {
         "checkpoint": FLAGS.checkpoint,
-        "padding": "exact" if isinstance(model, Moonshine) else model.config.padding,
+        "padding": getattr(model.config, "padding", "exact"),
+        "search": {
+            flag: getattr(FLAGS, flag)
+            for flag in ("beam", "lm", "lm_weight", "word_bonus", "hot_words", "hot_bonus")
+        }
+        if FLAGS.beam
+        else "greedy",
         "about": about,
         "data": {"kind": corpus.kind, "split": FLAGS.split} | asr.split_facts(corpus),
         "skipped": asr.skipped_counts([corpus], [source]),

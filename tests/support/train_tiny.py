@@ -24,7 +24,9 @@ from edgespeech.training.state import (
 from tests.support.tiny import tiny_model, tone_source
 
 
-def run(workdir: Path, steps: int, slow: bool = False, prepare=None, total: int = 0) -> TrainState:
+def run(
+    workdir: Path, steps: int, slow: bool = False, prepare=None, total: int = 0, quiet: bool = True
+) -> TrainState:
     """Trains the tiny model with dropout and SpecAugment, saving every third step and logging every one.
 
     `total` is the length of the schedule, by default the number of steps.
@@ -48,7 +50,7 @@ def run(workdir: Path, steps: int, slow: bool = False, prepare=None, total: int 
         workdir=workdir,
         settings={"steps": total or steps},
         seed=1,
-        config=LoopConfig(save_every=3, log_every=1, quiet=True),
+        config=LoopConfig(save_every=3, log_every=1, quiet=quiet),
         prepare=wait if slow else prepare,
     )
 

@@ -1,0 +1,148 @@
+"""n-gram language models of words, read from ARPA files, with back-off.
+
+    log p(w | h) = log p(h w)                  if the file has h w
+                 = b(h) + log p(w | h')        otherwise; h' is h without its oldest word, b(h) = 0 if h is not there
+
+Katz, "Estimation of probabilities from sparse data", 1987. Natural logarithms here; the file's are of base 10.
+"""
+
+import gzip
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from edgespeech.errors import InputError
+
+START, END, UNKNOWN = "<s>", "</s>", "<unk>"
+# Where the file gives an unknown word no probability (ours): of base 10.
+UNKNOWN_LOG10 = -10.0
+_LN10 = math.log(10.0)
+
+Context: TypeAlias = tuple[str, ...]
+
+
+class Entry(NamedTuple):
+    """An n-gram's log probability and back-off weight, natural logarithms."""
+
+    log_prob: float
+    backoff: float
+
+
+class NgramModel:
+    """Log probabilities of words after up to `order - 1` words.
+
+    Args:
+        entries: by n-gram.
+
+    Raises:
+        InputError: there is no unigram.
+    """
+
+    def __init__(self, entries: Mapping[Context, Entry]):
+        self._entries = dict(entries)
+        if not any(len(ngram) == 1 for ngram in self._entries):
+            raise InputError("the language model has no unigram: give one with words")
+        self.order = max(map(len, self._entries))
+
+    def __contains__(self, word: str) -> bool:
+        return (word,) in self._entries
+
+    @property
+    def start(self) -> Context:
+        """The context of a text's first word."""
+        return (START,) if self.order > 1 else ()
+
+    def log_prob(self, word: str, context: Context) -> float:
+        """`log p(word | context)`; a word that the model lacks is `<unk>`, or has 1e-10 where that is missing."""
+        if word not in self:
+            if UNKNOWN not in self:
+                return UNKNOWN_LOG10 * _LN10
+            word = UNKNOWN
+        context = context[-(self.order - 1) :] if self.order > 1 else ()
+        backed_off = 0.0
+        while (*context, word) not in self._entries:
+            if context in self._entries:
+                backed_off += self._entries[context].backoff
+            context = context[1:]
+        return backed_off + self._entries[(*context, word)].log_prob
+
+    def after(self, context: Context, word: str) -> Context:
+        """The context of the word after `word`."""
+        word = word if word in self else UNKNOWN
+        return (*context, word)[-(self.order - 1) :] if self.order > 1 else ()
+
+
+def read_arpa(path: str | os.PathLike) -> NgramModel:
+    """Reads an ARPA file, plain or gzipped (`.gz`).
+
+    Raises:
+        InputError: naming file and line: not an ARPA file, a line that is no n-gram, or another number of n-grams than
+            the header promises. A binary of KenLM is not read: make it from the ARPA file, not the other way round.
+    """
+    path = Path(path)
+    entries: dict[Context, Entry] = {}
+    promised: dict[int, int] = {}
+    found: dict[int, int] = {}
+    order, begun, ended = 0, False, False
+    for number, line in _lines(path):
+        if not begun:  # any text may come first
+            begun = line == "\\data\\"
+            continue
+        if line == "\\end\\":
+            ended = True
+            break
+        if line.startswith("ngram ") and order == 0:
+            size, _, count = line[6:].partition("=")
+            if not (size.strip().isdigit() and count.strip().isdigit()):
+                raise _broken(path, number, "a count such as `ngram 1=200`", line)
+            promised[int(size)] = int(count)
+        elif line.startswith("\\") and line.endswith("-grams:"):
+            if not line[1:-7].isdigit() or int(line[1:-7]) not in promised:
+                raise _broken(path, number, "a section that the header counts", line)
+            order = int(line[1:-7])
+        elif line:
+            ngram, entry = _parse(path, number, line, order)
+            entries[ngram] = entry
+            found[order] = found.get(order, 0) + 1
+    if not promised or not ended:
+        raise InputError(f"{path} is no whole ARPA file: it needs \\data\\, n-grams and \\end\\")
+    for size, count in promised.items():
+        if found.get(size, 0) != count:
+            raise InputError(
+                f"{path} has {found.get(size, 0)} {size}-grams and its header promises {count}: fetch it again"
+            )
+    return NgramModel(entries)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    is_gzipped = path.suffix == ".gz"
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if is_gzipped
+            else path.open(encoding="utf-8") as file
+        ):
+            for number, line in enumerate(file, 1):
+                yield number, line.strip()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: unreadable language model ({error}): give an ARPA file, text or gzipped"
+        ) from error
+
+
+def _parse(path: Path, number: int, line: str, order: int) -> tuple[Context, Entry]:
+    """`log10 p  word ... word  [log10 backoff]`."""
+    fields = line.split()
+    if order < 1 or len(fields) not in (order + 1, order + 2):
+        raise _broken(path, number, f"an n-gram of {order} words", line)
+    try:
+        log10 = [float(fields[0]), float(fields[order + 1]) if len(fields) == order + 2 else 0.0]
+    except ValueError as error:
+        raise _broken(path, number, "a logarithm of base 10", line) from error
+    return tuple(fields[1 : order + 1]), Entry(log10[0] * _LN10, log10[1] * _LN10)
+
+
+def _broken(path: Path, number: int, wanted: str, line: str) -> InputError:
+    return InputError(f"{path}, line {number}: {line[:60]!r} is not {wanted}: fetch the file again")

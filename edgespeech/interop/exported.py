@@ -1,0 +1,241 @@
+"""Models of a fixed length of audio in files for devices, StableHLO or ONNX, with a manifest beside each.
+
+An exported file takes `audio [1 t]`, float32 in [-1, 1] at 16 kHz with zeros after its end, and `length [1]`, int32,
+its valid samples. It gives `logits [1 n v]` and `frames [1]`, the valid ones among them. Padding changes nothing in it,
+so any audio up to the file's length can be put in.
+"""
+
+import datetime
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from edgespeech.data.corpus import write_atomically
+from edgespeech.data.tokenizer import Tokenizer
+from edgespeech.errors import InputError
+from edgespeech.evaluation.machine import versions
+from edgespeech.inference.words import token_texts
+from edgespeech.interop.ctc_model import CTCModel
+from edgespeech.interop.int8 import quantize_onnx
+from edgespeech.interop.onnx_export import to_onnx
+from edgespeech.ops.ctc import BLANK
+from edgespeech.types import SAMPLE_RATE
+
+OUTPUTS = ("logits", "frames")
+FORMATS = ("stablehlo", "onnx")
+
+Run = Callable[
+    ..., Sequence[Any]
+]  # arrays to arrays, in the order of the file's inputs and outputs
+
+
+class Exported(NamedTuple):
+    """An exported file that is ready to run.
+
+    Attributes:
+        run: `(audio [1 t], length [1]) -> (logits [1 n v], frames [1])`.
+        manifest: what is known about it.
+    """
+
+    run: Run
+    manifest: dict[str, Any]
+
+    @property
+    def samples(self) -> int:
+        """Samples of its input."""
+        return self.manifest["inputs"]["audio"]["shape"][1]
+
+    def logits(self, audio: np.ndarray) -> np.ndarray:
+        """Logits `[n v]` of the valid frames of audio `[t]`.
+
+        Raises:
+            InputError: the audio is longer than the file's length.
+        """
+        if len(audio) > self.samples:
+            raise InputError(
+                f"audio of {len(audio)} samples for a model of {self.samples}: export it with more --seconds"
+            )
+        padded = np.pad(np.float32(audio), (0, self.samples - len(audio)))[None]
+        logits, frames = self.run(padded, np.array([len(audio)], np.int32))
+        return np.asarray(logits)[0, : int(np.asarray(frames)[0])]
+
+
+def ctc_function(model: CTCModel) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """`(audio [b t], lengths [b]) -> (logits [b n v], frames [b])` of a model at inference."""
+    graphdef, state = nnx.split(model)
+
+    def function(audio, lengths):
+        output = nnx.merge(graphdef, state)(audio, lengths)
+        return output.logits, output.lengths
+
+    return function
+
+
+def export(
+    model: CTCModel,
+    tokenizer: Tokenizer,
+    about: dict[str, Any],
+    path: Path,
+    *,
+    form: str,
+    seconds: float,
+    int8: bool = False,
+) -> dict[str, Any]:
+    """Writes a model and its manifest, `PATH.manifest.json`; returns the manifest.
+
+    Args:
+        model: LPA with hard gates, which is how a saved one is loaded.
+        tokenizer: of its vocabulary.
+        about: what was saved with the model; `licence` and WER go into the manifest.
+        path: of the file.
+        form: one of `FORMATS`.
+        seconds: of audio that it takes.
+        int8: weights of 8 bits, of the ONNX form alone; see `quantize_onnx`.
+
+    Raises:
+        InputError: an unknown form, int8 of another form than ONNX, a length without a frame, or see `to_onnx`.
+    """
+    samples = round(seconds * SAMPLE_RATE)
+    if form not in FORMATS or (int8 and form != "onnx"):
+        raise InputError(f"format {form!r}, int8 {int8}: choose stablehlo, onnx, or onnx with int8")
+    n = int(model.config.num_frames(samples))
+    if n < 1:
+        raise InputError(f"{seconds:g} s of audio hold no frame of this model: give more seconds")
+    shapes = {
+        "audio": jax.ShapeDtypeStruct((1, samples), jnp.float32),
+        "length": jax.ShapeDtypeStruct((1,), jnp.int32),
+    }
+    function = ctc_function(model)
+    data = serialized(function, shapes, OUTPUTS, form, int8)
+    write_atomically(path, lambda file: file.write(data))
+    manifest = {
+        "file": path.name,
+        "format": form,
+        "bits": 8 if int8 else 32,
+        "bytes": len(data),
+        "model": type(model).__name__,
+        "seconds": seconds,
+        "sample_rate": SAMPLE_RATE,
+        "inputs": {
+            "audio": {
+                "shape": [1, samples],
+                "dtype": "float32",
+                "is": "mono in [-1, 1], zeros after its end",
+            },
+            "length": {"shape": [1], "dtype": "int32", "is": "valid samples of audio"},
+        },
+        "outputs": {
+            "logits": {
+                "shape": [1, n, model.config.vocab_size],
+                "dtype": "float32",
+                "is": "unnormalised scores of the tokens in each frame",
+            },
+            "frames": {"shape": [1], "dtype": "int32", "is": "valid frames of logits"},
+        },
+        "frame_seconds": model.config.frame_seconds,
+        "blank": BLANK,
+        # A space begins a word; the blank and other special tokens are empty.
+        "vocabulary": list(token_texts(tokenizer)),
+        "licence": about.get("licence") or about.get("license") or "not stated",
+        "wer": {key: value for key, value in about.items() if "wer" in key.lower()},
+        "about": about,
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+    }
+    write_manifest(path, manifest)
+    return manifest
+
+
+def serialized(
+    function: Callable[..., Any],
+    inputs: dict[str, jax.ShapeDtypeStruct],
+    outputs: Sequence[str],
+    form: str,
+    int8: bool = False,
+) -> bytes:
+    """A function of arrays as the contents of a file of one of `FORMATS`; arguments as of `to_onnx`."""
+    if form == "stablehlo":
+        return bytes(_export_module().export(jax.jit(function))(*inputs.values()).serialize())
+    proto = to_onnx(function, inputs, outputs)
+    return (quantize_onnx(proto) if int8 else proto).SerializeToString()
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest of an exported file."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(manifest_path(path), lambda file: file.write(text.encode()))
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of an exported file lies."""
+    return path.with_name(path.name + ".manifest.json")
+
+
+def open_exported(path: str | Path, threads: int | None = None) -> Exported:
+    """Opens an exported file in its own runtime: XLA, or ONNX Runtime on the CPU.
+
+    Args:
+        path: the file; its manifest lies beside it.
+        threads: of ONNX Runtime; XLA takes the cores that the process may use.
+
+    Raises:
+        InputError: the file or its manifest is missing or damaged, or ONNX Runtime is not installed.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads(manifest_path(path).read_text())
+        form = manifest["format"]
+        if form not in FORMATS:
+            raise ValueError(f"format {form!r}")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{error.filename} is missing: name a file that `edgespeech export` wrote"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{manifest_path(path)} is damaged ({error!r}): export again") from error
+    return Exported(load_run(path, form, threads), manifest)
+
+
+def load_run(path: Path, form: str, threads: int | None = None) -> Run:
+    """The function in a file of one of `FORMATS`; errors and threads as of `open_exported`."""
+    try:
+        if form == "stablehlo":
+            return _load_stablehlo(path)
+        return _load_onnx(path, threads)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the runtime's parser throws at a damaged file
+        raise InputError(f"{path} cannot be loaded ({error}): export it again") from error
+
+
+def _export_module() -> Any:
+    return importlib.import_module("jax.export")  # jax does not import it by itself
+
+
+def _load_stablehlo(path: Path) -> Run:
+    exported = _export_module().deserialize(bytearray(path.read_bytes()))
+    # Compiled now: a timed first call, or its memory, is that of running.
+    return jax.jit(exported.call).lower(*exported.in_avals).compile()
+
+
+def _load_onnx(path: Path, threads: int | None) -> Run:
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise InputError(f"{path} needs the package onnxruntime: pip install 'edgespeech[export]'")
+    runtime: Any = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    names = [entry.name for entry in session.get_inputs()]
+    return lambda *arrays: session.run(
+        None, {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)}
+    )

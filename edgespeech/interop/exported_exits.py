@@ -1,0 +1,122 @@
+"""A model with exits as one file for each segment, so that a device computes no more than it needs.
+
+`embed` takes `audio [1 t]` and `length [1]` and gives `x [1 n d]` and `frames [1]`. `exit_1`, `exit_2`, ... take `x`
+and `frames`, and give the next `x` and the exit's `logits [1 n v]`. The device runs them in order and stops at the exit
+whose logits satisfy it; what it asks of them is its own rule, such as the mean entropy of `inference.exit_criteria`.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from edgespeech.data.corpus import write_atomically
+from edgespeech.data.tokenizer import Tokenizer
+from edgespeech.errors import InputError
+from edgespeech.inference.words import token_texts
+from edgespeech.interop.exported import FORMATS, load_run, serialized
+from edgespeech.models.splitformer import Splitformer
+from edgespeech.types import SAMPLE_RATE
+
+MANIFEST = "exits.manifest.json"
+
+
+def export_exits(
+    model: Splitformer,
+    tokenizer: Tokenizer,
+    about: dict[str, Any],
+    folder: Path,
+    *,
+    form: str,
+    seconds: float,
+    int8: bool = False,
+) -> dict[str, Any]:
+    """Writes the segments and `exits.manifest.json`, which names them in order; returns the manifest.
+
+    Arguments and errors are those of `exported.export`.
+    """
+    samples = round(seconds * SAMPLE_RATE)
+    n = model.config.num_frames(samples)
+    if form not in FORMATS or (int8 and form != "onnx"):
+        raise InputError(f"format {form!r}, int8 {int8}: choose stablehlo, onnx, or onnx with int8")
+    if n < 1:
+        raise InputError(f"{seconds:g} s of audio hold no frame of this model: give more seconds")
+    length = jax.ShapeDtypeStruct((1,), jnp.int32)
+    inputs = {"audio": jax.ShapeDtypeStruct((1, samples), jnp.float32), "length": length}
+    between = jax.ShapeDtypeStruct((1, n, model.config.width), jnp.float32)
+    segments = {"embed": (_function(model, _embed), inputs, ("x", "frames"))}
+    for number, parts in enumerate(zip(model.blocks, model.heads, strict=True), 1):
+        function = _function(parts, _segment)
+        segments[f"exit_{number}"] = (
+            function,
+            {"x": between, "frames": length},
+            ("next_x", "logits"),
+        )
+    files = []
+    for name, (function, shapes, outputs) in segments.items():
+        path = folder / f"{name}{'.int8' if int8 else ''}.{form}"
+        data = serialized(function, shapes, outputs, form, int8)
+        write_atomically(path, lambda file, data=data: file.write(data))
+        files.append({"file": path.name, "bytes": len(data)})
+    manifest = {
+        "format": form,
+        "bits": 8 if int8 else 32,
+        "segments": files,
+        "samples": samples,
+        "frames": n,
+        "width": model.config.width,
+        "sample_rate": SAMPLE_RATE,
+        "frame_seconds": model.config.frame_seconds,
+        "vocabulary": list(token_texts(tokenizer)),
+        "licence": about.get("licence") or about.get("license") or "not stated",
+        "about": about,
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / MANIFEST, lambda file: file.write(text.encode()))
+    return manifest
+
+
+def run_exits(folder: Path, audio: np.ndarray) -> Iterator[np.ndarray]:
+    """Logits `[n v]` of the valid frames of audio `[t]`, exit after exit; a segment runs when its logits are asked for.
+
+    Raises:
+        InputError: the audio is longer than the files' length, or a file is missing or damaged.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} holds no readable {MANIFEST} ({error}): export again"
+        ) from error
+    if len(audio) > manifest["samples"]:
+        raise InputError(
+            f"audio of {len(audio)} samples for a model of {manifest['samples']}: export it with more --seconds"
+        )
+    embed, *exits = (
+        load_run(folder / segment["file"], manifest["format"]) for segment in manifest["segments"]
+    )
+    padded = np.pad(np.float32(audio), (0, manifest["samples"] - len(audio)))[None]
+    x, frames = embed(padded, np.array([len(audio)], np.int32))
+    for segment in exits:
+        x, logits = segment(x, frames)
+        yield np.asarray(logits)[0, : int(np.asarray(frames)[0])]
+
+
+def _function(module: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    graphdef, state = nnx.split(module)
+    return lambda *arrays: call(nnx.merge(graphdef, state), *arrays)
+
+
+def _embed(model: Splitformer, audio, lengths):
+    return model.embed(audio, lengths)
+
+
+def _segment(parts, x, frames):
+    block, head = parts
+    x = block(x, frames)
+    return x, head(x, frames)
