@@ -5,10 +5,12 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from edgespeech.errors import InputError
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.masked_norm import MaskedNorm, NormKind
+from edgespeech.nn.norm import LpLayerNorm
 from edgespeech.nn.relative_attention import RelativeSelfAttention, sinusoids
 from edgespeech.nn.transformer import Mixer
 from edgespeech.ops.conv import depthwise_conv
@@ -17,16 +19,34 @@ from edgespeech.ops.mask import mask_from_lengths, zero_padding
 from edgespeech.types import Array, Frames, Lengths, Mask
 
 Positions = Literal["absolute", "relative"]
+LayerNormKind = Literal["layer", "lp"]
 
 
-def layer_norm(d: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer norm over the channels, epsilon 1e-5, variance from centred values."""
-    return nnx.LayerNorm(d, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+def layer_norm(
+    d: int, rngs: nnx.Rngs, kind: LayerNormKind = "layer", dtype: DTypeLike | None = None
+) -> nnx.LayerNorm | LpLayerNorm:
+    """Layer norm over the channels, epsilon 1e-5, variance from centred values.
+
+    Args:
+        d: channels.
+        rngs: random streams of Flax; nothing is drawn.
+        kind: `layer`: statistics in float32. `lp`: all of it in `dtype`, with the MAD pre-normaliser (`LpLayerNorm`).
+        dtype: of the result; None: that of the input.
+
+    Raises:
+        InputError: the kind is neither.
+    """
+    if kind == "lp":
+        return LpLayerNorm(d, epsilon=1e-5, dtype=dtype)
+    if kind != "layer":
+        raise InputError(f"norm is {kind!r}: choose {', '.join(get_args(LayerNormKind))}")
+    return nnx.LayerNorm(d, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
-def linear(d_in: int, d_out: int, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(d_in: int, d_out: int, rngs: nnx.Rngs, dtype: DTypeLike | None = None) -> nnx.Linear:
     """Linear layer with bias, Xavier initialisation (that of the early-exit papers' training)."""
-    return nnx.Linear(d_in, d_out, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+    init = nnx.initializers.xavier_uniform()
+    return nnx.Linear(d_in, d_out, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
 def add_sinusoids(x: Frames) -> Frames:
@@ -35,12 +55,24 @@ def add_sinusoids(x: Frames) -> Frames:
 
 
 class ConformerFeedForward(nnx.Module):
-    """`W_2 silu(W_1 LN(x))`, dropout after the activation and at the end (Conformer, section 2.3)."""
+    """`W_2 silu(W_1 LN(x))`, dropout after the activation and at the end (Conformer, section 2.3).
 
-    def __init__(self, d: int, width: int, dropout_rate: float, *, rngs: nnx.Rngs):
-        self.norm = layer_norm(d, rngs)
-        self.expand = linear(d, width, rngs)
-        self.contract = linear(width, d, rngs)
+    `norm` and `dtype` are those of `layer_norm`.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        width: int,
+        dropout_rate: float,
+        *,
+        norm: LayerNormKind = "layer",
+        dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.norm = layer_norm(d, rngs, norm, dtype)
+        self.expand = linear(d, width, rngs, dtype)
+        self.contract = linear(width, d, rngs, dtype)
         self.dropout_rate = dropout_rate
 
     def __call__(self, x: Frames, key: Array | None = None) -> Frames:

@@ -11,6 +11,8 @@ a reading consistent with the paper's abstract, not a copy of its design.
     out = concat_h(y) W_O + b_O
 """
 
+from typing import Self
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,13 +27,14 @@ from edgespeech.ops import pulse
 from edgespeech.ops.accumulate import EPS, broadcast, pulse_average, run_average, run_broadcast
 from edgespeech.ops.conv import depthwise_conv
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
-from edgespeech.types import Array, Float, Frames, Lengths, Mask, Scalar
+from edgespeech.types import Array, Bool, Float, Frames, Lengths, Mask, Scalar
 
 # Temperatures at progress 0 and 1 (ours). A rectangle's is in frames; the other gates' has no unit.
 RECTANGLE_TAU = (8.0, 0.25)
 GATE_TAU = (1.0, 0.02)
 
 
+@nnx.register_variable_name("anneal")
 class Anneal(nnx.Variable):
     """Annealing state: part of the model's state and of checkpoints, but not for the optimiser."""
 
@@ -58,6 +61,9 @@ class LPA(nnx.Module):
         InputError: num_heads does not divide the width.
     """
 
+    # Whether the convolutions reach only into the past.
+    causal = False
+
     def __init__(
         self,
         d: int,
@@ -65,6 +71,7 @@ class LPA(nnx.Module):
         config: LPAConfig,
         *,
         rngs: nnx.Rngs,
+        inference: bool = False,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
     ):
@@ -74,7 +81,7 @@ class LPA(nnx.Module):
             )
         self.config = config
         self.num_heads = num_heads
-        self.inference = False
+        self.inference = inference
         self.progress = Anneal(jnp.zeros((), jnp.float32))
         self.hard = Anneal(jnp.zeros((), jnp.float32))
         self.v_proj = nnx.Linear(d, d, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -90,7 +97,7 @@ class LPA(nnx.Module):
         h, c = num_heads, config
         if c.aperiodic or c.runs or c.readout == "content":
             delta = np.zeros((c.kernel_size, d))
-            delta[c.kernel_size // 2] = 1.0
+            delta[-1 if self.causal else c.kernel_size // 2] = 1.0
             self.content_kernel = param(delta)
         if c.aperiodic:
             self.rho_kernel = linear_map(c.aperiodic)
@@ -127,7 +134,7 @@ class LPA(nnx.Module):
     @classmethod
     def from_attention(
         cls, attention: SelfAttention | RotarySelfAttention, config: LPAConfig, *, rngs: nnx.Rngs
-    ) -> "LPA":
+    ) -> Self:
         """LPA that starts with the attention's value and output projections, copied; missing biases are zero.
 
         The paper's "selective initialisation" is, as we read it, this; everything else is new.
@@ -147,21 +154,17 @@ class LPA(nnx.Module):
 
     def __call__(self, x: Frames, lengths: Lengths) -> Frames:
         """`[b n d], [b] -> [b n d]`."""
-        b, n, d = x.shape
-        mask = mask_from_lengths(lengths, n)
+        mask = mask_from_lengths(lengths, x.shape[1])
         x = zero_padding(x, mask)
         v = self.v_proj(x)
         z = self._content(x, mask)
-        v_heads = v.reshape(b, n, self.num_heads, -1).swapaxes(1, 2)
-        y = jnp.zeros((), jnp.float32)
+        y = local = None
         if self.config.num_pulses:
-            y = self._pulses(self._gates(z, lengths, mask), v_heads, self._readout(z))
-            y = y.swapaxes(1, 2).reshape(b, n, d)
+            gates = self._gates(z, lengths, mask)
+            y = self._pulses(gates, self._heads(v), self._readout(z))
         if self.config.local:
             local = depthwise_conv(v, self.local_kernel[...], mask)
-            scale = jnp.repeat(_float32(self.local_scale), d // self.num_heads)
-            y = y + scale * local.astype(jnp.float32)
-        return self.out_proj(y.astype(v.dtype))
+        return self._output(y, local, v.dtype)
 
     def gates(self, x: Frames, lengths: Lengths) -> dict[str, Float[Array, "b h p n"]]:
         """Gates of each kind present, at the current temperature, in the order of `alpha`."""
@@ -183,21 +186,39 @@ class LPA(nnx.Module):
         d, h, k = kernel.shape
         return (z @ kernel.reshape(d, h * k)).reshape(*z.shape[:2], h, k).astype(jnp.float32)
 
+    def _heads(self, v: Frames) -> Float[Array, "b h n c"]:
+        return v.reshape(*v.shape[:2], self.num_heads, -1).swapaxes(1, 2)
+
+    def _output(
+        self, y: Float[Array, "b h n c"] | None, local: Frames | None, dtype: DTypeLike
+    ) -> Frames:
+        """`concat_h(y + lambda local) W_O + b_O`; either term may be missing."""
+        total = jnp.zeros((), jnp.float32)
+        if y is not None:
+            b, h, n, c = y.shape
+            total = total + y.swapaxes(1, 2).reshape(b, n, h * c)
+        if local is not None:
+            scale = jnp.repeat(_float32(self.local_scale), local.shape[-1] // self.num_heads)
+            total = total + scale * local.astype(jnp.float32)
+        return self.out_proj(total.astype(dtype))
+
     def _temperature(self, first: float, last: float) -> Scalar:
         return first * (last / first) ** self.progress[...]
+
+    def _hard(self) -> pulse.Hard:
+        return True if self.inference else self.hard[...]
 
     def _gates(self, z: Frames, lengths: Lengths, mask: Mask) -> dict[str, pulse.Gates]:
         """Gates `[b h p n]` by kind."""
         c, gates = self.config, {}
         tau = self._temperature(*GATE_TAU)
-        hard = True if self.inference else self.hard[...]
+        hard = self._hard()
         if c.aperiodic:
             rectangle_tau = self._temperature(*RECTANGLE_TAU)
             center, width = self._rectangles(z, lengths, mask)
             gates["aperiodic"] = pulse.rectangle_gates(center, width, mask, rectangle_tau, hard)
         if c.runs:
-            logit = self._scores(z, self.run_kernel) + _float32(self.run_bias)
-            gates["runs"] = pulse.run_gates(logit.transpose(0, 2, 3, 1), mask, tau, hard)
+            gates["runs"] = self._run_gates(z, mask)
         if c.periodic:
             period = pulse.log_spaced_periods(self.num_heads, c.periodic, c.max_period)
             duty = jax.nn.sigmoid(_float32(self.duty_logit))
@@ -208,9 +229,17 @@ class LPA(nnx.Module):
             n = mask.shape[1]
             gates["positional"] = pulse.positional_gates(*series, lengths, n, tau, hard)
         if c.mean:
-            shape = (mask.shape[0], self.num_heads, c.mean, mask.shape[1])
-            gates["mean"] = jnp.broadcast_to(mask[:, None, None, :], shape)
+            gates["mean"] = self._mean_gates(mask)
         return gates
+
+    def _run_gates(self, z: Frames, mask: Mask) -> pulse.Gates:
+        logit = self._scores(z, self.run_kernel) + _float32(self.run_bias)
+        tau = self._temperature(*GATE_TAU)
+        return pulse.run_gates(logit.transpose(0, 2, 3, 1), mask, tau, self._hard())
+
+    def _mean_gates(self, mask: Mask) -> Bool[Array, "b h p n"]:
+        b, n = mask.shape
+        return jnp.broadcast_to(mask[:, None, None], (b, self.num_heads, self.config.mean, n))
 
     def _rectangles(self, z: Frames, lengths: Lengths, mask: Mask) -> tuple[Array, Array]:
         """Centres and widths `[b h p]` in frames.

@@ -31,7 +31,7 @@ class AccumulateMethod(Enum):
 
 
 class RunState(NamedTuple):
-    """State of the causal run average: what the open run has gathered so far, float32."""
+    """State of a causal average: what each pulse has gathered so far, float32."""
 
     total: Float[Array, "b h p c"]
     count: Float[Array, "b h p"]
@@ -96,7 +96,7 @@ def _average_scan(gates, values):
 
     zero = RunState(jnp.zeros((b, h, p, c), jnp.float32), jnp.zeros((b, h, p), jnp.float32))
     state, _ = lax.scan(step, zero, (gate_blocks, value_blocks))
-    return _mean(state)
+    return state_mean(state)
 
 
 def _average_prefix(start, end, values):
@@ -107,7 +107,7 @@ def _average_prefix(start, end, values):
     total = total + count[..., None] * offset
     # An empty pulse divides by eps alone; without the select, the two gradients of 1 / eps that
     # meet in one prefix entry would leave their rounding error there.
-    return _mean(RunState(jnp.where(count[..., None] > 0, total, 0.0), count))
+    return state_mean(RunState(jnp.where(count[..., None] > 0, total, 0.0), count))
 
 
 def _centered_prefix(values):
@@ -122,7 +122,8 @@ def _centered_prefix(values):
     return jnp.pad(prefix, ((0, 0), (0, 0), (1, 0), (0, 0))), offset
 
 
-def _mean(state: RunState) -> Float[Array, "... c"]:
+def state_mean(state: RunState) -> Float[Array, "... c"]:
+    """`total / (count + eps)`."""
     return state.total / (state.count + EPS)[..., None]
 
 
@@ -205,20 +206,33 @@ def run_average(
 
 
 def _run_scan(gates, values, causal):
-    g = gates.astype(jnp.float32)[..., None]
-    # One channel more, of ones, makes the count; both then ride in the same scan.
+    a = gates.astype(jnp.float32)[..., None]
+    gated = gated_with_count(gates, values)
+    total = linear_recurrence(a, gated)
+    if not causal:
+        total = total + linear_recurrence(a, gated, reverse=True) - gated
+    return state_mean(RunState(total[..., :-1], total[..., -1]))
+
+
+def gated_with_count(
+    gates: Float[Array, "b h p n"] | Bool[Array, "b h p n"], values: Float[Array, "b h n c"]
+) -> Float[Array, "b h p n c+1"]:
+    """`g_i v_i` with one channel more, `g_i`, so that sums and counts ride in the same scan; float32."""
     ones = jnp.ones((*values.shape[:-1], 1), jnp.float32)
-    gated = g * jnp.concatenate([values.astype(jnp.float32), ones], -1)[:, :, None]
+    with_ones = jnp.concatenate([values.astype(jnp.float32), ones], -1)
+    return gates.astype(jnp.float32)[..., None] * with_ones[:, :, None]
+
+
+def linear_recurrence(
+    a: Float[Array, "b h p n 1"], x: Float[Array, "b h p n c"], reverse: bool = False
+) -> Float[Array, "b h p n c"]:
+    """`s_i = a_i s_{i-1} + x_i` over the frames, by an associative scan of the pairs (a, s)."""
 
     def compose(left, right):
         (a1, s1), (a2, s2) = left, right
         return a1 * a2, a2 * s1 + s2
 
-    _, total = lax.associative_scan(compose, (g, gated), axis=3)
-    if not causal:
-        _, backward = lax.associative_scan(compose, (g, gated), axis=3, reverse=True)
-        total = total + backward - gated
-    return _mean(RunState(total[..., :-1], total[..., -1]))
+    return lax.associative_scan(compose, (a, x), axis=3, reverse=reverse)[1]
 
 
 def _run_prefix(gates, values, causal):
@@ -241,7 +255,7 @@ def _run_matmul(gates, values, causal):
     total = jnp.einsum(
         "bhpij,bhjc->bhpic", same, values.astype(jnp.float32), precision=lax.Precision.HIGHEST
     )
-    return _mean(RunState(total, same.sum(-1)))
+    return state_mean(RunState(total, same.sum(-1)))
 
 
 def run_average_init(b: int, h: int, p: int, c: int) -> RunState:
@@ -253,12 +267,17 @@ def run_average_step(
     state: RunState,
     gate: Float[Array, "b h p"] | Bool[Array, "b h p"],
     value: Float[Array, "b h c"],
+    decay: Float[Array, "b h p"] | None = None,
 ) -> tuple[RunState, Float[Array, "b h p c"]]:
-    """One frame of `run_average(causal=True)`: the new state and the mean of the run so far."""
+    """One frame of `run_average(causal=True)`: the new state and the mean of the run so far.
+
+    `decay`, what is kept of the past (None: the gate), makes it a frame of `causal_accumulate`.
+    """
     g = gate.astype(jnp.float32)
-    total = g[..., None] * (state.total + value.astype(jnp.float32)[:, :, None])
-    state = RunState(total, g * (state.count + 1.0))
-    return state, _mean(state)
+    a = g if decay is None else decay
+    total = a[..., None] * state.total + g[..., None] * value.astype(jnp.float32)[:, :, None]
+    state = RunState(total, a * state.count + g)
+    return state, state_mean(state)
 
 
 def run_average_reference(gates, values, causal=False) -> np.ndarray:

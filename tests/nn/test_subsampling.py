@@ -7,10 +7,11 @@ import pytest
 from flax import nnx
 
 from edgespeech.errors import InputError
-from edgespeech.nn.subsampling import Subsampling
+from edgespeech.nn.subsampling import StreamingSubsampling, Subsampling
 from tests.support import reference
 from tests.support.contracts import padding_contract
 from tests.support.modules import randomize
+from tests.support.streaming import verify_streaming_contract
 
 MELS, D = 12, 4
 call = nnx.jit(lambda module, x, lengths: module(x, lengths))
@@ -76,6 +77,25 @@ def test_gradient_ignores_nan_in_the_padding(separable):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(a, b)
         assert np.abs(np.asarray(b)).max() > 0
+
+
+@pytest.mark.parametrize("separable", [False, True])
+def test_streaming(separable):
+    def features(batch, n):
+        return np.random.default_rng(4).normal(size=(batch, n, MELS)).astype(np.float32)
+
+    streaming = randomize(
+        StreamingSubsampling(MELS, D, separable=separable, rngs=nnx.Rngs(0)), scale=1.0
+    )
+    out, frames = verify_streaming_contract(streaming, features, length=23)
+    np.testing.assert_array_equal(frames, [5, 4, 1, 0])
+    # The plain form, of the same parameters, with three zeros in front.
+    plain = Subsampling(MELS, D, separable=separable, rngs=nnx.Rngs(1))
+    nnx.update(plain, nnx.state(streaming))
+    padded = np.pad(features(4, 23), ((0, 0), (3, 0), (0, 0)))
+    want, frames = call(plain, padded, jnp.array([26, 19, 10, 3]))
+    np.testing.assert_array_equal(frames, [5, 4, 1, 0])
+    np.testing.assert_allclose(out, want, atol=1e-5)
 
 
 def test_low_precision_keeps_its_dtype():
