@@ -49,6 +49,7 @@ EXTRAS = {
     ],
     "peers": ["torch>=2.10", "transformers>=5", "onnx>=1.23,<2", "onnxruntime>=1.31,<2"],
     "moonshine": ["moonshine-cpp==0.1.4"],  # pretrained weights, MIT
+    "export": ["onnx>=1.23,<2", "onnxruntime>=1.31,<2"],
     "enhancement": ["pesq>=0.0.4", "pystoi>=0.4"],
     "demo": ["gradio>=6"],
     "test": [
@@ -71,4 +72,5 @@ setup(
     packages=find_packages(include=["edgespeech*", "experiments*", "launch*"]),
     install_requires=CORE,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["edgespeech=edgespeech.cli:main"]},
 )

@@ -13,17 +13,16 @@ from typing import IO, BinaryIO
 import jax
 import numpy as np
 import soundfile
-import soxr
 from flax import nnx
 
 from edgespeech.data.audio import to_int16
 from edgespeech.data.corpus import write_atomically
 from edgespeech.errors import InputError
+from edgespeech.inference.audio_blocks import BLOCK, cut, read_blocks, resampled, unreadable
 from edgespeech.models.sepformer import SepFormer
 
 # `(audio [c t], lengths [c]) -> [c spk t]`
 Process = Callable[[np.ndarray, np.ndarray], np.ndarray]
-_BLOCK = 1 << 16  # samples read or written at once
 
 
 def overlapped_segments(
@@ -60,7 +59,7 @@ def overlapped_segments(
     )
     rise = np.concatenate([np.zeros(margin), fade, np.ones(margin)]).astype(np.float32)
     previous = None  # what the segment before made of the samples that this one shares with it
-    for piece, is_last in _cut(blocks, segment, hop):
+    for piece, is_last in cut(blocks, segment, hop):
         length = piece.shape[1]
         padded = np.pad(piece, ((0, 0), (0, segment - length)))
         made = np.array(process(padded, np.full(len(piece), length, np.int32)))[..., :length]
@@ -70,18 +69,6 @@ def overlapped_segments(
         stop = length if is_last else hop
         yield piece[:, :stop], made[..., :stop]
         previous = made[..., hop:]
-
-
-def _cut(blocks: Iterable[np.ndarray], segment: int, hop: int) -> Iterator[tuple[np.ndarray, bool]]:
-    """Segments `[c segment]` that start every `hop` samples, and whether it is the last, which may be shorter."""
-    held: np.ndarray | None = None
-    for block in blocks:
-        held = block if held is None else np.concatenate([held, block], axis=1)
-        while held.shape[1] > segment:  # there is more to come after this one
-            yield held[:, :segment], False
-            held = held[:, hop:]
-    if held is not None and held.shape[1]:
-        yield held, True
 
 
 def _in_order_of(previous: np.ndarray, made: np.ndarray) -> np.ndarray:
@@ -134,13 +121,13 @@ def enhance_file(
         try:
             sound = stack.enter_context(soundfile.SoundFile(source))
         except (soundfile.SoundFileError, OSError) as error:
-            raise _unreadable(source, error) from error
+            raise unreadable(source, error) from error
         rate, channels = sound.samplerate, sound.channels
         for path in targets:
             _create(io.BytesIO(), path, rate, channels).close()
         segments = overlapped_segments(
             _process(model),
-            _resampled(_read(sound, source), channels, rate, config.sample_rate),
+            resampled(read_blocks(sound, source), channels, rate, config.sample_rate),
             round(segment_seconds * config.sample_rate),
             round(overlap_seconds * config.sample_rate),
         )
@@ -156,7 +143,7 @@ def enhance_file(
         gains /= np.maximum(1.0, np.abs(gains) * peak)
         length = sound.tell()
         for path, file, gain in zip(targets, kept, gains, strict=True):
-            blocks = _resampled(
+            blocks = resampled(
                 _stored(file, channels, np.float32(gain)), channels, config.sample_rate, rate
             )
             write_atomically(path, partial(_write, path, blocks, rate, channels, length))
@@ -168,44 +155,11 @@ def _process(model: SepFormer) -> Process:
     return lambda audio, lengths: np.asarray(run(state, audio, lengths))
 
 
-def _unreadable(path: Path, reason: object) -> InputError:
-    return InputError(f"{path}: unreadable audio ({reason}); the fix: valid WAV, FLAC, Ogg or MP3")
-
-
-def _read(sound: soundfile.SoundFile, path: Path) -> Iterator[np.ndarray]:
-    """float32 `[c n]` blocks of a file."""
-    empty = True
-    try:
-        while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
-            if not np.isfinite(block).all():
-                raise _unreadable(path, "NaN or infinite samples")
-            empty = False
-            yield block.T
-    except soundfile.SoundFileError as error:
-        raise _unreadable(path, error) from error
-    if empty:
-        raise _unreadable(path, "no samples")
-
-
 def _stored(file: IO[bytes], channels: int, gain: np.float32) -> Iterator[np.ndarray]:
     """float32 `[c n]` blocks of a temporary file."""
     file.seek(0)
-    while data := file.read(4 * channels * _BLOCK):
+    while data := file.read(4 * channels * BLOCK):
         yield gain * np.frombuffer(data, np.float32).reshape(-1, channels).T
-
-
-def _resampled(
-    blocks: Iterable[np.ndarray], channels: int, rate: int, new_rate: int
-) -> Iterator[np.ndarray]:
-    """Blocks `[c n]` at another rate (Hz)."""
-    if rate == new_rate:
-        yield from blocks
-        return
-    stream = soxr.ResampleStream(rate, new_rate, channels, dtype="float32", quality="HQ")
-    for block in blocks:
-        yield stream.resample_chunk(np.ascontiguousarray(block.T)).reshape(-1, channels).T
-    rest = stream.resample_chunk(np.zeros((0, channels), np.float32), last=True)
-    yield rest.reshape(-1, channels).T
 
 
 def _create(file: BinaryIO, path: Path, rate: int, channels: int) -> soundfile.SoundFile:

@@ -11,7 +11,7 @@ import soundfile
 from flax import nnx
 
 from edgespeech.errors import InputError
-from edgespeech.inference.enhance import _cut, _read, _resampled
+from edgespeech.inference.audio_blocks import cut, read_blocks, resampled
 from edgespeech.inference.words import TextTokenizer, Word, text_of, token_texts, words_of_path
 from edgespeech.ops.ctc import greedy_path
 from edgespeech.types import SAMPLE_RATE
@@ -106,8 +106,8 @@ class LongAudio:
                 f"{path}: unreadable audio ({error}); the fix: valid WAV, FLAC, Ogg or MP3"
             ) from error
         with sound:
-            mono = (block.mean(0, keepdims=True) for block in _read(sound, Path(path)))
-            blocks = _resampled(mono, 1, sound.samplerate, SAMPLE_RATE)
+            mono = (block.mean(0, keepdims=True) for block in read_blocks(sound, Path(path)))
+            blocks = resampled(mono, 1, sound.samplerate, SAMPLE_RATE)
             return self.stream(np.clip(block[0], -1.0, 1.0) for block in blocks)
 
     def stream(self, blocks: Iterable[np.ndarray]) -> Transcript:
@@ -122,7 +122,7 @@ class LongAudio:
 
         labels: list[np.ndarray] = []
         margin = self._shared // 2
-        for index, (piece, is_last) in enumerate(_cut(counted(), self._segment, self._hop)):
+        for index, (piece, is_last) in enumerate(cut(counted(), self._segment, self._hop)):
             path = self._labels(piece)
             start = margin if index else 0
             labels.append(path[start:] if is_last else path[start : margin + self._step])
