@@ -19,25 +19,20 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from flax import nnx
 
 from edgespeech.data.batching import BatchConfig, BatchSource
 from edgespeech.data.sources import KINDS, open_corpus
 from edgespeech.errors import InputError
-from edgespeech.evaluation.beam_decoder import BeamDecoder, FusionDecoder
-from edgespeech.evaluation.decode import Decoder, GreedyDecoder, Seq2SeqDecoder
 from edgespeech.evaluation.machine import device, versions
-from edgespeech.inference.fusion import FusionConfig
-from edgespeech.inference.language_model import read_arpa
 from edgespeech.interop.open_model import open_model
-from edgespeech.interop.pretrained import AnyTokenizer
-from edgespeech.models.moonshine import Moonshine
 from edgespeech.models.sepformer import SepFormer
 from edgespeech.models.wav2vec2 import Padding
-from experiments import asr, program
+from experiments import asr, decoders, program
+from experiments.decoders import make_decoder
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(program)
+flags.adopt_module_key_flags(decoders)
 
 flags.DEFINE_string(
     "checkpoint",
@@ -65,58 +60,6 @@ flags.DEFINE_enum(
     "Hugging Face is exact).",
 )
 flags.DEFINE_string("output", None, "Folder of the results (default: CHECKPOINT/evaluations).")
-flags.DEFINE_integer(
-    "beam", 0, "Prefixes of a CTC beam search; 0 decodes greedily.", lower_bound=0, upper_bound=1024
-)
-flags.DEFINE_string(
-    "lm",
-    None,
-    "ARPA file of a word language model for --beam, plain or .gz, spelled like the model's text.",
-)
-flags.DEFINE_float(
-    "lm_weight", FusionConfig.lm_weight, "Weight of the language model's log probability."
-)
-flags.DEFINE_float("word_bonus", FusionConfig.word_bonus, "Nats a word, with --beam.")
-flags.DEFINE_list("hot_words", [], "Words that are expected, with --beam.")
-flags.DEFINE_float("hot_bonus", FusionConfig.hot_bonus, "Nats for each of --hot_words.")
-
-
-def make_decoder(model: nnx.Module, tokenizer: AnyTokenizer) -> tuple[Decoder, str]:
-    """The decoder that the flags ask for, and what it adds to the name of the results.
-
-    Raises:
-        InputError: flags of a beam search without --beam, a beam search of an encoder-decoder, or see `read_arpa`.
-    """
-    graphdef, _ = nnx.split(model)
-    fused = bool(FLAGS.lm or FLAGS.hot_words or FLAGS.word_bonus)
-    if fused and not FLAGS.beam:
-        raise InputError("--lm, --hot_words and --word_bonus are for a beam search: add --beam=16")
-    if isinstance(model, Moonshine):
-        if FLAGS.beam:
-            raise InputError(
-                "--beam is for a model with a CTC head and this one is a Moonshine: leave it out"
-            )
-        return Seq2SeqDecoder(graphdef, tokenizer), ""
-    if not FLAGS.beam:
-        return GreedyDecoder(graphdef, tokenizer), ""
-    if not fused:
-        return BeamDecoder(graphdef, tokenizer, FLAGS.beam), f"_beam{FLAGS.beam}"
-    config = FusionConfig(
-        beam_width=FLAGS.beam,
-        lm_weight=FLAGS.lm_weight,
-        word_bonus=FLAGS.word_bonus,
-        hot_words=tuple(FLAGS.hot_words),
-        hot_bonus=FLAGS.hot_bonus,
-    )
-    name = f"_beam{FLAGS.beam}"
-    if FLAGS.lm:
-        name += f"_{Path(FLAGS.lm).name.split('.')[0]}{FLAGS.lm_weight:g}"
-    if FLAGS.word_bonus:
-        name += f"_bonus{FLAGS.word_bonus:g}"
-    if FLAGS.hot_words:
-        name += "_hot"
-    language_model = read_arpa(FLAGS.lm) if FLAGS.lm else None
-    return FusionDecoder(graphdef, tokenizer, config, language_model), name
 
 
 def experiment() -> None:
@@ -127,7 +70,7 @@ def experiment() -> None:
         raise InputError(
             f"--checkpoint={FLAGS.checkpoint} is a {type(model).__name__}, which writes no text: choose a recogniser"
         )
-    decoder, suffix = make_decoder(model, tokenizer)
+    decoder, state, suffix = make_decoder(model, tokenizer)
     if not FLAGS.output and not checkpoint.is_dir():
         raise InputError(
             f"--checkpoint={FLAGS.checkpoint} is not a folder to write to: name one for the results, --output=DIR"
@@ -144,7 +87,7 @@ def experiment() -> None:
     )
     source = BatchSource(corpus, None, config)
     start = time.monotonic()
-    result = decoder.score(nnx.state(model), source)
+    result = decoder.score(state, source)
     seconds = time.monotonic() - start
 
     name = re.sub(r"[^\w.-]+", "_", f"{corpus.kind}_{FLAGS.split}{suffix}")

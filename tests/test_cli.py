@@ -20,10 +20,12 @@ from edgespeech.conversion.mixers import lpa_factory
 from edgespeech.data.tokenizer import CharTokenizer, SentencePieceTokenizer, ctc_collapse
 from edgespeech.errors import InputError
 from edgespeech.evaluation.macs import count_macs
+from edgespeech.inference.enhance import enhance_file
 from edgespeech.inference.long_audio import LongAudio
 from edgespeech.inference.subtitles import cues, srt, vtt
 from edgespeech.inference.words import Word, text_of, token_texts, words_of_path
 from edgespeech.interop.pretrained import save_pretrained
+from edgespeech.models.sepformer import SepFormer, SepFormerConfig
 from edgespeech.models.wav2vec2 import count_parameters
 from edgespeech.nn.lpa import LPAConfig
 from edgespeech.ops.ctc import greedy_path
@@ -324,3 +326,44 @@ def test_bad_input_is_a_message(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")
+
+
+def test_enhance(tmp_path, capsys):
+    config = SepFormerConfig(
+        sample_rate=16_000,
+        width=8,
+        kernel_size=64,
+        chunk_length=20,
+        num_blocks=1,
+        num_intra_layers=1,
+        num_inter_layers=1,
+        num_heads=2,
+        ffn_width=12,
+    )
+    model = randomize(SepFormer(config, rngs=nnx.Rngs(0)), 0, 0.3)
+    save_pretrained(tmp_path / "model", model, None, {})
+    noise = 0.1 * np.random.default_rng(0).normal(size=9000)
+    soundfile.write(tmp_path / "noisy.wav", noise, 16_000)
+    names = [str(tmp_path / name) for name in ("noisy.wav", "clean.wav", "wanted.wav")]
+    assert (
+        main(
+            [
+                "enhance",
+                *names[:2],
+                f"--model={tmp_path / 'model'}",
+                "--segment=0.4",
+                "--overlap=0.1",
+            ]
+        )
+        == 0
+    )
+    assert names[1] in capsys.readouterr().out
+    enhance_file(model, names[0], [names[2]], segment_seconds=0.4, overlap_seconds=0.1)
+    found, wanted = (soundfile.read(name)[0] for name in names[1:])
+    assert len(found) == 9000
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert main(["enhance", *names, f"--model={tmp_path / 'model'}"]) == 2
+    assert "2 output files for a model of 1 speakers" in capsys.readouterr().err
+    save_pretrained(tmp_path / "other", tiny_model(), CharTokenizer(), {})
+    assert main(["enhance", *names[:2], f"--model={tmp_path / 'other'}"]) == 2
+    assert "is a Wav2Vec2: enhancement needs a saved SepFormer" in capsys.readouterr().err

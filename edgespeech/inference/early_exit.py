@@ -31,15 +31,17 @@ FRAME_MULTIPLE = 32  # regrouped batches are cut to a multiple of it
 
 
 class ExitModel(Protocol):
-    """A model with exits, such as `Splitformer`.
+    """A model with exits, such as `Splitformer`."""
 
-    Attributes:
-        blocks: one an exit, `(x [b n d], lengths) -> [b n d]`.
-        heads: one an exit, `(x, lengths) -> logits [b n v]`.
-    """
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """One an exit, `(x [b n d], lengths) -> [b n d]`."""
+        ...
 
-    blocks: Sequence[Any]
-    heads: Sequence[Any]
+    @property
+    def heads(self) -> Sequence[Any]:
+        """One an exit, `(x, lengths) -> logits [b n v]`."""
+        ...
 
     def embed(self, audio: Audio, audio_lengths: Lengths) -> tuple[Frames, Lengths]:
         """Audio to the input of the first block and its lengths."""

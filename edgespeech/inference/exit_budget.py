@@ -1,31 +1,49 @@
 """From a budget that is set at run time to the deepest exit that fits it."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from edgespeech.errors import InputError
+from edgespeech.evaluation.macs import count_macs
 from edgespeech.inference.early_exit import EarlyExit, ExitModel
 from edgespeech.inference.exit_policy import ExitPolicy, exit_for_budget
-from edgespeech.models.exit_macs import exit_macs
-from edgespeech.models.splitformer import SplitformerConfig
 from edgespeech.types import SAMPLE_RATE, Audio
 
 
-def exit_within_compute(config: SplitformerConfig, budget: float, seconds: float = 10.0) -> int:
+def exit_compute(model: ExitModel, seconds: float) -> list[int]:
+    """Multiply-accumulates up to each exit for an utterance of so many seconds, counted in the traced program."""
+    audio = jax.ShapeDtypeStruct((1, round(seconds * SAMPLE_RATE)), jnp.float32)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    x, _ = jax.eval_shape(model.embed, audio, lengths)
+    macs = [count_macs(model.embed, audio, lengths).total()]
+    for block, head in zip(model.blocks, model.heads, strict=True):
+        macs.append(sum(count_macs(_call(part), x, lengths).total() for part in (block, head)))
+    return np.cumsum(macs)[1:].tolist()
+
+
+def _call(module: Any) -> Callable[..., Any]:
+    # A module is a container of arrays to JAX; tracing wants a function.
+    return lambda *arrays: module(*arrays)
+
+
+def exit_within_compute(model: ExitModel, budget: float, seconds: float = 10.0) -> int:
     """The deepest exit that takes at most a share of a whole pass, counted from 1.
 
     Args:
-        config: of the model.
+        model: with exits.
         budget: share of the multiplications of the last exit, above 0.
         seconds: of audio; attention makes the shares depend on it a little.
 
     Raises:
         InputError: not even the first exit fits.
     """
-    costs = np.array(exit_macs(config, round(seconds * SAMPLE_RATE)), float)
-    return exit_for_budget((costs / costs[-1]).tolist(), budget)
+    costs = exit_compute(model, seconds)
+    return exit_for_budget([cost / costs[-1] for cost in costs], budget)
 
 
 def exit_within_deadline(

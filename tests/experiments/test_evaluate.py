@@ -4,12 +4,21 @@ import json
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import jiwer
+import numpy as np
 import pytest
 
+from edgespeech.data.folder import FolderCorpus
+from edgespeech.data.tokenizer import CharTokenizer, ctc_collapse
+from edgespeech.inference.exit_budget import exit_compute
+from edgespeech.inference.exit_policy import ExitPolicy, save_policy
+from edgespeech.interop.pretrained import save_pretrained
+from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits
 from tests.golden.hf_checkpoint import write
 from tests.support.programs import write_tones
-from tests.support.tiny import ROOT
+from tests.support.tiny import ROOT, tiny_model
+from tests.support.tiny_exits import exit_model
 
 
 @pytest.fixture
@@ -90,3 +99,59 @@ def test_beam_search_with_a_language_model(tmp_path):
     assert no_beam["status"] == no_file["status"] == 2
     assert "are for a beam search: add --beam=16" in no_beam["stderr"]
     assert "nowhere.arpa: unreadable language model" in no_file["stderr"]
+
+
+def test_exits_and_budgets(tmp_path):
+    """Runs of one process: a share of the compute, the saved rule, a wav2vec2's layers, and what is refused."""
+    data = write_tones(tmp_path / "data")
+    model = exit_model(scale=0.5, vocab_size=CharTokenizer().vocab_size)
+    save_pretrained(tmp_path / "exits", model, CharTokenizer(), {})
+    save_policy(tmp_path / "exits", ExitPolicy("entropy", np.inf))
+    encoder = tiny_model(num_layers=3)
+    save_pretrained(tmp_path / "encoder", encoder, CharTokenizer(), {})
+    # Between the second and the last exit, and between the first and the last.
+    budget, shallow = (
+        sum(costs[-2:]) / 2 / costs[-1]
+        for costs in (
+            exit_compute(exits, 10.0) for exits in (model, Wav2Vec2Exits(encoder, (1, 3)))
+        )
+    )
+    common = [f"--data_dir={data}", f"--cache_dir={tmp_path / 'cache'}", "--quiet"]
+    runs = [
+        [f"--checkpoint={tmp_path / 'exits'}", f"--budget={budget}"],
+        [f"--checkpoint={tmp_path / 'exits'}", "--early_exit"],
+        [f"--checkpoint={tmp_path / 'encoder'}", "--exits=1,3", f"--budget={shallow}"],
+        [f"--checkpoint={tmp_path / 'encoder'}", "--budget=0.5"],
+        [f"--checkpoint={tmp_path / 'encoder'}", "--exits=1", "--early_exit"],
+        [f"--checkpoint={tmp_path / 'exits'}", "--budget=0.01"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.run_programs", "experiments.evaluate"],
+        input=json.dumps([{"arguments": common + run, "stop_at": None} for run in runs]),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)
+    assert [outcome["status"] for outcome in outcomes] == [0, 0, 0, 2, 2, 2]
+    for outcome, message in zip(
+        outcomes[3:],
+        ("without exits: give a Splitformer, or --exits", "exit_policy.json is missing", "costs"),
+        strict=True,
+    ):
+        assert message in outcome["stderr"]
+    corpus = FolderCorpus(data, "test", cache_dir=tmp_path / "cache")
+    cases = (
+        ("exits", "_exit2", model, 1),
+        ("exits", "_entropy_exit3", model, 0),
+        ("encoder", "_exit1", Wav2Vec2Exits(encoder, (1, 3)), 0),
+    )
+    for folder, name, exits, taken in cases:
+        path = tmp_path / folder / "evaluations" / f"folder_test{name}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for row, line in enumerate(lines):
+            audio = corpus.audio(row)
+            output = exits(jnp.asarray(audio[None]), jnp.asarray([len(audio)]))
+            tokens = ctc_collapse(np.asarray(jnp.argmax(output.exit_logits[taken][0], -1)))
+            assert line["hypothesis"] == CharTokenizer().decode(tokens)

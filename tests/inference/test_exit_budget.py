@@ -11,22 +11,45 @@ from edgespeech.data.tokenizer import ctc_collapse
 from edgespeech.errors import InputError
 from edgespeech.evaluation.exit_decoder import EarlyExitDecoder
 from edgespeech.inference import exit_budget
-from edgespeech.inference.exit_budget import exit_within_compute, exit_within_deadline
+from edgespeech.inference.exit_budget import (
+    exit_compute,
+    exit_within_compute,
+    exit_within_deadline,
+)
 from edgespeech.inference.exit_policy import ExitPolicy
 from edgespeech.models.exit_macs import exit_macs
+from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits
 from edgespeech.ops.ctc import greedy_path
-from tests.support.tiny import tone_source
-from tests.support.tiny_exits import exit_config, exit_model
+from tests.support.tiny import tiny_model, tone_source
+from tests.support.tiny_exits import exit_model
+
+
+def test_compute_is_that_of_the_formula():
+    model = exit_model()
+    # The formula leaves the mel filters out, and counts a few taps that meet padding.
+    filters = (1 + 160_000 // 160) * 513 * model.config.num_mels
+    wanted = filters + np.array(exit_macs(model.config, 160_000))
+    np.testing.assert_allclose(exit_compute(model, 10.0), wanted, rtol=5e-3)
+
+
+def test_compute_of_a_wav2vec2_by_hand():
+    model = tiny_model(num_layers=3)
+    found = exit_compute(Wav2Vec2Exits(model, (1, 3)), 2.0)
+    c = model.config
+    n = c.num_frames(32_000)
+    layer = n * (4 * c.width**2 + 2 * n * c.width + 2 * c.width * c.ffn_width)
+    head = n * c.width * c.vocab_size
+    assert found[1] - found[0] == 2 * layer + head
 
 
 def test_the_deepest_exit_within_a_share_of_the_compute():
-    config = exit_config()
-    costs = np.array(exit_macs(config, 160_000)) / exit_macs(config, 160_000)[-1]
+    model = exit_model()
+    costs = np.array(exit_compute(model, 10.0)) / exit_compute(model, 10.0)[-1]
     for exit, cost in enumerate(costs, 1):
-        assert exit_within_compute(config, cost) == exit
-        assert exit_within_compute(config, np.nextafter(cost, 2)) == exit
+        assert exit_within_compute(model, cost) == exit
+        assert exit_within_compute(model, np.nextafter(cost, 2)) == exit
     with pytest.raises(InputError, match="the first exit alone costs"):
-        exit_within_compute(config, 0.9 * costs[0])
+        exit_within_compute(model, 0.9 * costs[0])
 
 
 def test_the_deepest_exit_within_a_deadline(monkeypatch):
