@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKDIR ?= runs/lpa
 BIN := .venv/bin
 
-.PHONY: lpa test lint clean
+.PHONY: lpa test lint docs clean
 
 # The stamp of an install depends on what it installs, so that an edit of setup.py reinstalls.
 .venv/installed: setup.py
@@ -28,5 +28,9 @@ lint: .venv/installed-test
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile
 
+docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/mkdocs build --strict --site-dir site
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache

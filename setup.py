@@ -52,10 +52,12 @@ EXTRAS = {
     "export": ["onnx>=1.23,<2", "onnxruntime>=1.31,<2"],
     "enhancement": ["pesq>=0.0.4", "pystoi>=0.4"],
     "demo": ["gradio>=6"],
+    "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
     "test": [
         "pytest>=9",
         "pytest-xdist>=3.8",
         "hypothesis>=6.150",
+        "PyYAML>=6",
         "ruff>=0.15,<0.18",
         "pyright[nodejs]>=1.1.400",
     ],
