@@ -33,6 +33,7 @@ CORE = [
     "matplotlib>=3.10,<4",
     "tensorboardX>=2.6.5,<3",
     "tqdm>=4.67,<5",
+    "pyyaml>=6,<7",
     "flatbuffers>=25",  # reads .ort files; jax.export uses it and does not declare it
 ]
 EXTRAS = {
@@ -49,6 +50,7 @@ EXTRAS = {
     ],
     "peers": ["torch>=2.10", "transformers>=5", "onnx>=1.23,<2", "onnxruntime>=1.31,<2"],
     "moonshine": ["moonshine-cpp==0.1.4"],  # pretrained weights, MIT
+    "sweep": ["optuna>=5,<6"],
     "export": ["onnx>=1.23,<2", "onnxruntime>=1.31,<2"],
     "enhancement": ["pesq>=0.0.4", "pystoi>=0.4"],
     "demo": ["gradio>=6"],
@@ -57,7 +59,6 @@ EXTRAS = {
         "pytest>=9",
         "pytest-xdist>=3.8",
         "hypothesis>=6.150",
-        "PyYAML>=6",
         "ruff>=0.15,<0.18",
         "pyright[nodejs]>=1.1.400",
     ],

@@ -136,10 +136,10 @@ def _prepared_folder(data_dir: Path) -> Path:
     versions = [path.parent for path in data_dir.glob(f"{DATASET}/*/dataset_info.json")]
     if not versions:
         raise InputError(
-            f"{data_dir} holds no prepared {DATASET}; the fix: prepare it with TensorFlow Datasets "
-            "(builder 'librispeech/lazy_decode', file_format='array_record', which needs "
-            "tensorflow-cpu) and name its data_dir. Preparing it is not part of edgespeech yet; "
-            "kind 'folder' reads the LibriSpeech archives directly"
+            f"{data_dir} holds no prepared {DATASET}; the fix: make it from a LibriSpeech tree with "
+            "python -m edgespeech.data.prepare, or with TensorFlow Datasets (builder 'librispeech/lazy_decode', "
+            "file_format='array_record', which needs the extra tfds), and name its data_dir; kind 'folder' reads the "
+            "tree directly"
         )
     return max(versions, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
 

@@ -1,0 +1,1 @@
+"""Jobs on Google Kubernetes Engine: see `python -m launch.gke --help`."""

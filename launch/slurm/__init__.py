@@ -1,0 +1,1 @@
+"""Jobs on a SLURM cluster: see `python -m launch.slurm --help`."""

@@ -1,0 +1,1 @@
+"""Jobs on a TPU VM pod slice: see `python -m launch.tpu --help`."""
