@@ -10,7 +10,7 @@ from edgespeech.evaluation.latency_peers import PEERS
 def render(result: dict, notes: Sequence[str]) -> str:
     """The tables for the terminal."""
     rows, found, machine = result["results"], result["ratios"], result["device"]
-    peers = [name for name in PEERS if found[f"vs_{name}"]]
+    peers = [name for name in PEERS if found.get(f"vs_{name}")]
     blocks = [
         f"Latency of {rows[0]['model']}: batch 1, float32, {result['threads']} threads, {machine['cpu']}, "
         f"jax {result['versions']['jax']}, {result['date']}",
@@ -76,6 +76,40 @@ def render_exits(result: dict) -> str:
                 "Full depth segment by segment over the whole model as one program",
                 ["seconds", "ratio"],
                 [[s, f"{ratio:.3f}"] for s, ratio in result["segmented_over_whole"].items()],
+            ),
+        ]
+    )
+
+
+def render_streams(result: dict) -> str:
+    """The table of a streaming model for the terminal."""
+    machine, rows = result["device"], result["streaming"]
+    return "\n\n".join(
+        [
+            f"Streaming of {rows[0]['model']}: {rows[0]['streams']} streams, chunks of {rows[0]['chunk_seconds']:g} s, "
+            f"float32, {result['threads']} threads, {machine['cpu']}, jax {result['versions']['jax']}, "
+            f"{result['date']}",
+            table(
+                "Time of a chunk (IQR = interquartile range), longest wait for a word, memory of a stream",
+                [
+                    "mixer",
+                    "parameters",
+                    "ms",
+                    "IQR ms",
+                    "slowest ms",
+                    "RTF",
+                    "wait, s",
+                    "state, kB",
+                ],
+                [
+                    [
+                        *(row["mixer"], f"{row['parameters']:,}", f"{row['median_ms']:.1f}"),
+                        *(f"{row['spread_ms']:.1f}", f"{row['slowest_ms']:.1f}"),
+                        f"{row['real_time_factor']:.4f}",
+                        *(f"{row['wait_seconds']:.2f}", f"{row['state_bytes'] / 1e3:.0f}"),
+                    ]
+                    for row in rows
+                ],
             ),
         ]
     )

@@ -110,18 +110,14 @@ class Peer(NamedTuple):
     Attributes:
         packages: what it needs installed.
         load: from (config, threads).
-        runs: whether it has this model.
+        family: the configuration of the models it has, with the waveform front end where there are several.
         has: what it has, for the note that it is absent.
     """
 
     packages: tuple[str, ...]
     load: Callable[..., Prepare]
-    runs: Callable[[Any], bool]
+    family: type
     has: str
-
-
-def _is_wav2vec2(config: Any) -> bool:
-    return isinstance(config, Wav2Vec2Config) and config.front_end == "waveform"
 
 
 WAV2VEC2 = "wav2vec2 with the waveform front end"
@@ -129,36 +125,38 @@ PEERS = {
     "transformers_eager": Peer(
         ("torch", "transformers"),
         functools.partial(load_transformers, attention="eager"),
-        _is_wav2vec2,
+        Wav2Vec2Config,
         WAV2VEC2,
     ),
     "transformers_sdpa": Peer(
         ("torch", "transformers"),
         functools.partial(load_transformers, attention="sdpa"),
-        _is_wav2vec2,
+        Wav2Vec2Config,
         WAV2VEC2,
     ),
     "onnxruntime": Peer(
-        ("torch", "transformers", "onnx", "onnxruntime"), load_onnxruntime, _is_wav2vec2, WAV2VEC2
+        ("torch", "transformers", "onnx", "onnxruntime"), load_onnxruntime, Wav2Vec2Config, WAV2VEC2
     ),
     "speechbrain": Peer(
         ("torch", "speechbrain"),
         load_speechbrain,
-        lambda config: isinstance(config, SepFormerConfig),
+        SepFormerConfig,
         "SepFormer",
     ),
 }
 
 
 def find_peers(config: Any, threads: int) -> tuple[dict[str, Load], list[str]]:
-    """The peers that can run this model here, and a sentence on each that cannot."""
+    """The peers that can run this model here, and a sentence on each of its family that cannot."""
     found: dict[str, Load] = {}
     absent: list[str] = []
     for name, peer in PEERS.items():
         missing = [
             package for package in peer.packages if importlib.util.find_spec(package) is None
         ]
-        if not peer.runs(config):
+        if not isinstance(config, peer.family):
+            continue
+        if getattr(config, "front_end", "waveform") != "waveform":
             absent.append(f"{name} is absent: it has {peer.has} alone")
         elif missing:
             absent.append(f"{name} is absent: install {', '.join(missing)}")

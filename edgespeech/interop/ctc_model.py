@@ -6,10 +6,11 @@ from typing import Any, TypeAlias
 from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
 from edgespeech.interop.open_model import open_model
+from edgespeech.models.edge_conformer import EdgeConformer
 from edgespeech.models.splitformer import Splitformer
 from edgespeech.models.wav2vec2 import Wav2Vec2
 
-CTCModel: TypeAlias = Wav2Vec2 | Splitformer
+CTCModel: TypeAlias = Wav2Vec2 | Splitformer | EdgeConformer
 
 
 def open_ctc_model(path_or_id: str | Path) -> tuple[CTCModel, Tokenizer, dict[str, Any]]:
@@ -24,6 +25,7 @@ def open_ctc_model(path_or_id: str | Path) -> tuple[CTCModel, Tokenizer, dict[st
     model, tokenizer, about = open_model(path_or_id)
     if not isinstance(model, CTCModel) or not isinstance(tokenizer, Tokenizer):
         raise InputError(
-            f"{path_or_id} is a {type(model).__name__}, which has no CTC head: choose a wav2vec2 or a Splitformer"
+            f"{path_or_id} is a {type(model).__name__}, which has no CTC head: choose a wav2vec2, a Splitformer or an "
+            "edge Conformer"
         )
     return model, tokenizer, about

@@ -18,22 +18,30 @@ from edgespeech.data.tokenizer import Tokenizer, load_tokenizer
 from edgespeech.errors import InputError
 from edgespeech.interop.moonshine_tokenizer import PieceTokenizer, load_piece_tokenizer
 from edgespeech.interop.tensors import named_variables, require_tensors
+from edgespeech.models.edge_conformer import EdgeConformer
+from edgespeech.models.edge_conformer_config import EdgeConformerConfig
 from edgespeech.models.moonshine import Moonshine, MoonshineConfig
 from edgespeech.models.sepformer import SepFormer, SepFormerConfig
 from edgespeech.models.splitformer import Splitformer, SplitformerConfig
 from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from edgespeech.nn.attention import SelfAttention
+from edgespeech.nn.chunk_attention import ChunkAttention
 from edgespeech.nn.lpa import LPA, LPAConfig, harden
 from edgespeech.nn.relative_attention import RelativeSelfAttention
 from edgespeech.nn.rotary import RotarySelfAttention
+from edgespeech.nn.streaming_lpa import StreamingLPA
 from edgespeech.nn.summary_mixing import SummaryMixing
 from edgespeech.nn.token_mixer_controls import WINDOWED, Removed, sliding_window
 from edgespeech.ops.features import SpecAugmentConfig
 
 FORMAT = 1
-Model = Wav2Vec2 | Moonshine | Splitformer | SepFormer
+Model = Wav2Vec2 | Moonshine | EdgeConformer | Splitformer | SepFormer
 AnyTokenizer = Tokenizer | PieceTokenizer
-Attention = SelfAttention | RotarySelfAttention | RelativeSelfAttention
+Attention = SelfAttention | RotarySelfAttention | RelativeSelfAttention | ChunkAttention
+
+
+# Configurations inside configurations.
+NESTED = {"spec_augment": SpecAugmentConfig, "lpa": LPAConfig}
 
 
 class Family(NamedTuple):
@@ -53,6 +61,7 @@ class Family(NamedTuple):
 FAMILIES = {
     "wav2vec2": Family(Wav2Vec2, Wav2Vec2Config, load_tokenizer),
     "moonshine": Family(Moonshine, MoonshineConfig, load_piece_tokenizer),
+    "edge_conformer": Family(EdgeConformer, EdgeConformerConfig, load_tokenizer),
     "splitformer": Family(Splitformer, SplitformerConfig, load_tokenizer),
     "sepformer": Family(SepFormer, SepFormerConfig, None),
 }
@@ -140,14 +149,17 @@ def load_pretrained(folder: Path) -> tuple[Model, AnyTokenizer | None, dict[str,
 
 
 def _new_model(family: Family, config: dict[str, Any]) -> Model:
-    if any(field.name == "spec_augment" for field in dataclasses.fields(family.config)):
-        config = config | {"spec_augment": SpecAugmentConfig(**config["spec_augment"])}
-    return family.model(family.config(**config), rngs=nnx.Rngs(0))
+    fields = {field.name for field in dataclasses.fields(family.config)}
+    parts = {name: NESTED[name](**config[name]) for name in NESTED.keys() & fields}
+    # JSON has lists alone; a configuration has tuples.
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    return family.model(family.config(**plain | parts), rngs=nnx.Rngs(0))
 
 
 def _describe(mixer: nnx.Module) -> dict[str, Any]:
     if isinstance(mixer, LPA):
-        return {"kind": "lpa", "config": dataclasses.asdict(mixer.config)}
+        kind = "streaming_lpa" if mixer.causal else "lpa"
+        return {"kind": kind, "config": dataclasses.asdict(mixer.config)}
     if isinstance(mixer, WINDOWED):
         return {"kind": "sliding_window", "window": mixer.window}
     if isinstance(mixer, SummaryMixing):
@@ -159,18 +171,19 @@ def _describe(mixer: nnx.Module) -> dict[str, Any]:
     raise TypeError(f"cannot save a mixer of type {type(mixer).__name__}")
 
 
-def _build(attention: Any, description: dict[str, Any]) -> nnx.Module:
-    """The mixer that a description names, in the size of the attention that stands in its place."""
+def _build(mixer: Any, description: dict[str, Any]) -> nnx.Module:
+    """The mixer that a description names, in the size of the one that the new model has in its place."""
     kind = description["kind"]
-    if kind == "attention":
-        return attention
-    if kind == "lpa":
-        lpa = LPA.from_attention(attention, LPAConfig(**description["config"]), rngs=nnx.Rngs(0))
-        return harden(lpa)
+    if kind == "attention" and isinstance(mixer, Attention):
+        return mixer
+    if kind in ("lpa", "streaming_lpa"):
+        lpa = LPA if kind == "lpa" else StreamingLPA
+        config = LPAConfig(**description["config"])
+        return harden(lpa.from_attention(mixer, config, rngs=nnx.Rngs(0)))
     if kind == "summary_mixing":
-        return SummaryMixing.from_attention(attention, rngs=nnx.Rngs(0))
+        return SummaryMixing.from_attention(mixer, rngs=nnx.Rngs(0))
     if kind == "sliding_window":
-        return sliding_window(attention, description["window"], rngs=nnx.Rngs(0))
+        return sliding_window(mixer, description["window"], rngs=nnx.Rngs(0))
     if kind == "removed":
         return Removed()
     raise InputError(f"model.json names a mixer of kind {kind!r}, which this version does not know")

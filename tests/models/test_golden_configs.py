@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from edgespeech.models.edge_conformer_config import EdgeConformerConfig
 from edgespeech.models.moonshine import MoonshineConfig
 from edgespeech.models.sepformer import SepFormerConfig
 from edgespeech.models.splitformer import SplitformerConfig
@@ -29,7 +30,14 @@ def presets(config_class):
     ]
 
 
-CONFIGS = (LPAConfig, MoonshineConfig, SepFormerConfig, SplitformerConfig, Wav2Vec2Config)
+CONFIGS = (
+    EdgeConformerConfig,
+    LPAConfig,
+    MoonshineConfig,
+    SepFormerConfig,
+    SplitformerConfig,
+    Wav2Vec2Config,
+)
 CASES = [(c, name) for c in CONFIGS for name in presets(c)]
 
 
@@ -63,5 +71,5 @@ def test_preset_is_as_checked_in(config_class, preset):
 
 def test_every_golden_file_has_its_preset():
     names = {golden_path(*case).name for case in CASES}
-    assert len(names) == 18
+    assert len(names) == 21
     assert {path.name for path in GOLDEN.glob("*.txt")} == names
