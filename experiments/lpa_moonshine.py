@@ -20,7 +20,6 @@ The decoder stays the teacher's. The recipe is ours; LPA is Y. P. Shkolnikov's, 
 import dataclasses
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 from absl import flags
 from flax import nnx

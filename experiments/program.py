@@ -1,7 +1,9 @@
 """How every program here starts and ends."""
 
+import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 import jax
@@ -9,6 +11,8 @@ from absl import app, flags, logging
 
 from edgespeech.data.corpus import cache_folder
 from edgespeech.errors import InputError
+from edgespeech.training.stopping import Stopped
+from edgespeech.training.watch import Watch
 
 FLAGS = flags.FLAGS
 
@@ -22,26 +26,42 @@ flags.DEFINE_string(
 
 
 def main(experiment: Callable[[], None]) -> None:
-    """Runs an experiment: bad input ends with its message alone and status 2, Ctrl-C with 130."""
+    """Runs an experiment: bad input ends with its message alone and status 2, Ctrl-C with 130, SIGTERM with 0."""
 
     def run(arguments: list[str]) -> None:
         # Checkpoints are logged line by line at INFO; a bar says as much.
         logging.set_verbosity(logging.WARNING)
-        try:
-            if len(arguments) > 1:
-                raise InputError(
-                    f"unexpected argument {arguments[1]!r}: every option starts with --, see --help"
+        watch = None
+        with contextlib.ExitStack() as stack:
+            try:
+                if len(arguments) > 1:
+                    raise InputError(
+                        f"unexpected argument {arguments[1]!r}: every option starts with --, see --help"
+                    )
+                jax.config.update(
+                    "jax_compilation_cache_dir", str(cache_folder(FLAGS.cache_dir, "xla"))
                 )
-            jax.config.update(
-                "jax_compilation_cache_dir", str(cache_folder(FLAGS.cache_dir, "xla"))
-            )
-            experiment()
-        except (InputError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("\ninterrupted: add --resume to go on from the last step", file=sys.stderr)
-            sys.exit(130)
+                if "coordinator" in FLAGS:
+                    # Only programs that train have these flags.
+                    from experiments import distributed_flags
+
+                    watch = stack.enter_context(distributed_flags.joined())
+                experiment()
+            except (InputError, OSError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                leave(watch, 2, str(error))
+            except Stopped:
+                print("stopped: add --resume to go on", file=sys.stderr)
+                leave(watch, 0)
+            except KeyboardInterrupt:
+                print("\ninterrupted: add --resume to go on from the last step", file=sys.stderr)
+                leave(watch, 130, "interrupted")
+            except Exception as error:
+                if watch is None or not watch.together:
+                    raise
+                traceback.print_exc()
+                watch.explain(error)
+                leave(watch, 1, repr(error))
 
     def parse(arguments: list[str]) -> list[str]:
         try:
@@ -51,6 +71,13 @@ def main(experiment: Callable[[], None]) -> None:
             sys.exit(2)
 
     app.run(run, flags_parser=parse)
+
+
+def leave(watch: Watch | None, status: int, message: str = "") -> None:
+    """Ends the program, and tells the other processes."""
+    if watch is not None and watch.together:
+        watch.leave(status, message)
+    sys.exit(status)
 
 
 def command_line() -> str:

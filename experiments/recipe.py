@@ -1,11 +1,13 @@
 """How a teacher is converted: the flags of every conversion program."""
 
 import dataclasses
+from typing import get_args
 
 from absl import flags
 
 from edgespeech.conversion.distil import DistilConfig
 from edgespeech.conversion.mixers import CONTROLS, DEFAULT_CONTROLS
+from edgespeech.conversion.run import ReplacementOrder
 from edgespeech.errors import InputError
 from edgespeech.nn.lpa import LPAConfig
 from edgespeech.training.loop import LoopConfig
@@ -18,6 +20,13 @@ flags.adopt_module_key_flags(run)
 define_config("lpa", LPAConfig())
 flags.DEFINE_integer(
     "sweep_steps", 150, "Updates of every layer's replacement in the sweep.", lower_bound=1
+)
+flags.DEFINE_enum(
+    "order",
+    "mse",
+    get_args(ReplacementOrder),
+    "Which layers go first: those with the least error in the sweep, absolute or as a share of the variance; the first "
+    "or the last; or a random order.",
 )
 flags.DEFINE_list("replaced", ["2", "4", "6", "8"], "Numbers of replaced layers to report.")
 flags.DEFINE_list(
@@ -38,6 +47,7 @@ class Recipe:
     Attributes:
         lpa: the mixer that takes attention's place.
         distil: see `DistilConfig`.
+        order: see `replacement_order`.
         replaced: numbers of replaced layers to report, ascending.
         controls: names of the controls at the largest of them.
         window: frames to each side that the sliding-window control sees.
@@ -48,6 +58,7 @@ class Recipe:
 
     lpa: LPAConfig
     distil: DistilConfig
+    order: ReplacementOrder
     replaced: tuple[int, ...]
     controls: tuple[str, ...]
     window: int
@@ -68,6 +79,7 @@ def read_recipe(distil: DistilConfig, num_layers: int) -> Recipe:
     return Recipe(
         lpa=read_config("lpa", LPAConfig()),
         distil=distil,
+        order=FLAGS.order,
         replaced=replaced,
         controls=tuple(chosen_controls()),
         window=FLAGS.window,

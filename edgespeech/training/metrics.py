@@ -1,4 +1,4 @@
-"""Metrics of a training stage: JSON lines, TensorBoard events, and progress on the terminal.
+"""Numbers of a training stage: JSON lines, TensorBoard events, and progress on the terminal.
 
 A value may be anything that `float` takes. On several hosts, write from one.
 """
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -22,18 +22,32 @@ from edgespeech.errors import InputError
 class MetricsWriter:
     """Context manager that writes one row per step of one stage.
 
-    Rows go to `workdir/metrics/STAGE.jsonl` (flushed, so that a killed run loses none) and to
-    TensorBoard events under `workdir/tensorboard/STAGE`. `resume_step` is the first step that this
-    run computes: rows of that step and later, left by a run that was killed after its checkpoint,
-    are dropped, and so is a half-written last line. The default 0 starts the stage anew.
-    A value that is not finite is null in the JSON lines, which have no NaN.
+    Rows go to `workdir/KIND/STAGE.jsonl` (flushed, so that a killed run loses none) and to
+    TensorBoard events under `workdir/tensorboard/KIND/STAGE`, for the kind metrics
+    `workdir/tensorboard/STAGE`. `resume_step` is the first step that this run computes: rows of
+    that step and later, left by a run that was killed after its checkpoint, are dropped, and so is
+    a half-written last line. The default 0 starts the stage anew. A value that is not finite is
+    null in the JSON lines, which have no NaN.
+
+    Args:
+        workdir: folder of the run.
+        stage: name of the stage.
+        resume_step: see above.
+        kind: metrics, which a run repeats exactly, or timing, which depends on the machine.
 
     Raises:
         InputError: the stage is not a plain file name, `resume_step` is negative, or the file of an
             earlier run is corrupt.
     """
 
-    def __init__(self, workdir: str | Path, stage: str, *, resume_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | Path,
+        stage: str,
+        *,
+        resume_step: int = 0,
+        kind: Literal["metrics", "timing"] = "metrics",
+    ):
         if not re.fullmatch(r"[\w.-]*\w", stage):
             raise InputError(
                 f"stage {stage!r} names a file: use letters, digits, '_', '-' and '.', the last "
@@ -41,7 +55,7 @@ class MetricsWriter:
             )
         if resume_step < 0:
             raise InputError(f"resume_step {resume_step} is below 0: give the first step to write")
-        self.path = Path(workdir) / "metrics" / f"{stage}.jsonl"
+        self.path = Path(workdir) / kind / f"{stage}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             _keep_rows_before(self.path, resume_step)
@@ -49,7 +63,7 @@ class MetricsWriter:
         # TensorBoard hides the events of an earlier run from purge_step on. The names of event
         # files count in seconds: the suffix keeps a quick resume from writing over the first run.
         self._events = SummaryWriter(
-            str(Path(workdir) / "tensorboard" / stage),
+            str(Path(workdir) / "tensorboard" / ("" if kind == "metrics" else kind) / stage),
             purge_step=resume_step,
             filename_suffix=f".{resume_step}",
         )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from edgespeech.training.sharding import gather, scatter, split_columns
 from edgespeech.types import Array, Float, Scalar
 
 PyTree = Any
@@ -158,9 +159,9 @@ def make_step(
             value, metrics, extra = cast(StatefulLossFunction, loss)(*arguments, state.extra)
             return value, (metrics, extra)
 
-        tree = unravel(state.params)
+        tree = split_columns(unravel(gather(state.params)))
         (value, (metrics, extra)), tree_gradient = jax.value_and_grad(objective, has_aux=True)(tree)
-        gradient = _one_after_another(tree_gradient)
+        gradient = scatter(_one_after_another(tree_gradient))
         mask = 1.0 if trained is None else trained(state.step)
         # Frozen parameters count neither in the clipped norm nor in the moments.
         gradient = gradient * mask

@@ -21,7 +21,8 @@ from tests.support.tiny import ToneCorpus, tone, write_librispeech
 
 PROGRAM = "experiments.lpa_sepformer"
 SHARED = {
-    f"experiments.{name}" for name in ("data_flags", "distributed_flags", "program", "recipe", "run")
+    f"experiments.{name}"
+    for name in ("data_flags", "distributed_flags", "program", "recipe", "run")
 }
 TOY = [
     *("--model.width=8", "--model.kernel_size=128", "--model.chunk_length=10"),

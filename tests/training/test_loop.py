@@ -12,8 +12,11 @@ import jax
 import numpy as np
 import pytest
 
+from edgespeech.errors import InputError
 from edgespeech.training.metrics import read_metrics
-from tests.support.tiny import ROOT, ToneCorpus, assert_same_bits
+from edgespeech.training.stopping import Stopped
+from edgespeech.training.watch import Watch
+from tests.support.tiny import ROOT, ToneCorpus, assert_same_bits, tone_source
 from tests.support.train_tiny import run
 
 STEPS = 9
@@ -25,13 +28,13 @@ def rows(workdir):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """The state after all steps, and its metrics."""
+    """The state after all steps, its metrics, and the folder."""
     workdir = tmp_path_factory.mktemp("unbroken")
-    return run(workdir, STEPS), rows(workdir)
+    return run(workdir, STEPS), rows(workdir), workdir
 
 
 def test_loss_falls_and_every_step_is_logged(unbroken):
-    state, metrics = unbroken
+    state, metrics, _ = unbroken
     assert [row["step"] for row in metrics] == list(range(STEPS))
     assert int(state.step) == STEPS
     assert metrics[-1]["loss"] < metrics[0]["loss"]
@@ -113,6 +116,78 @@ def test_killed_in_mid_run_then_resume(unbroken, tmp_path):
         leaves = [saved[f"leaf{i}"] for i in range(len(saved))]
     assert_same_bits(leaves, jax.tree.leaves(unbroken[0]))
     assert rows(tmp_path) == unbroken[1], f"killed after step {step}"
+
+
+def test_told_to_stop_then_resume(unbroken, tmp_path):
+    """SIGTERM in this process, as a scheduler sends it before it takes the machine away."""
+    calls = iter(range(STEPS))
+
+    def terminate(batch):
+        if next(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            # The watch's thread is told at once; here it is given the time to answer.
+            time.sleep(0.5)
+        return batch
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped, Watch(60.0):
+        run(tmp_path, STEPS, prepare=terminate)
+    assert stopped.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) is handler
+    # The step in which it came is done and saved, no other was begun.
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4]
+    assert (tmp_path / "checkpoints" / "teacher" / "5").is_dir()
+    assert_same_bits(run(tmp_path, STEPS), unbroken[0])
+    assert rows(tmp_path) == unbroken[1]
+
+
+def evaluate_for_a_minute():
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(6000):
+        time.sleep(0.01)
+
+
+def test_told_to_stop_outside_of_training():
+    with pytest.raises(Stopped), Watch(60.0):
+        evaluate_for_a_minute()
+
+
+def test_utterances_of_a_skipped_step_are_written_down(tmp_path, capfd):
+    def spoil(batch):
+        step = next(calls)
+        return batch._replace(audio=batch.audio * np.float32("nan")) if step in (1, 6) else batch
+
+    calls = iter(range(2))
+    run(tmp_path, 2, total=STEPS, prepare=spoil, quiet=False)
+    calls = iter(range(2, STEPS))
+    run(tmp_path, STEPS, prepare=spoil, quiet=False)
+    assert [row["skipped"] for row in rows(tmp_path)] == [0, 1, 0, 0, 0, 0, 1, 0, 0]
+    lines = (tmp_path / "skipped" / "teacher.jsonl").read_text().splitlines()
+    source = tone_source(batch_multiple=4)
+    expected = []
+    for step in (1, 6):
+        index = source.batch(step).index
+        ids = [source.corpus.utterances[row].id for row in index if row >= 0]
+        expected.append({"step": step, "utterances": ids})
+    assert [json.loads(line) for line in lines] == expected
+    message = "step 6 of teacher was not finite and changed nothing; its utterances: "
+    assert message + " ".join(expected[1]["utterances"]) in capfd.readouterr().err
+
+
+def test_batches_that_the_devices_do_not_divide_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("edgespeech.training.loop.row_shards", lambda mesh: 3)
+    with pytest.raises(InputError, match="batches of 4 rows cannot be cut for 3 devices"):
+        run(tmp_path, STEPS)
+
+
+def test_the_time_is_written_beside_the_metrics(unbroken):
+    timing = read_metrics(unbroken[2] / "timing" / "teacher.jsonl")
+    assert [row["step"] for row in timing] == list(range(STEPS))
+    assert timing[0]["compile_seconds"] > 0
+    assert all(row["compile_seconds"] == 0 for row in timing[1:])
+    # Saved after every third step.
+    assert [row["step"] for row in timing if row["checkpoint_seconds"] > 0] == [3, 6]
+    assert all(0 < row["goodput"] < 1 for row in timing)
 
 
 def test_the_position_in_the_data_is_saved(tmp_path):

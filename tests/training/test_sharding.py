@@ -1,4 +1,4 @@
-"""Data parallelism: as many devices as there may be, the same training."""
+"""Data parallelism: as many devices as there may be, the same training; and what lies where."""
 
 import subprocess
 import sys
@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
+from edgespeech.errors import InputError
 from edgespeech.training.metrics import read_metrics
-from edgespeech.training.sharding import data_mesh, replicate, shard_rows
-from tests.support.tiny import ROOT, tiny_model
+from edgespeech.training.sharding import Layout, make_mesh, row_shards, shard_rows
+from tests.support.tiny import ROOT, assert_same_bits, tiny_model
 from tests.support.train_tiny import run
 
 STEPS = 4
@@ -55,10 +56,65 @@ def test_loss_curve_of_several_devices(one_device, tmp_path, devices):
 
 
 def test_layout_on_one_device():
-    mesh = data_mesh()
-    assert mesh.axis_names == ("data",)
+    mesh = make_mesh()
+    assert mesh.axis_names == ("data", "fsdp", "model")
+    assert row_shards(mesh) == 1
     rows = shard_rows({"x": np.arange(6).reshape(2, 3)}, mesh)
-    whole = replicate({"x": np.arange(3)}, mesh)
-    assert rows["x"].sharding.spec == jax.sharding.PartitionSpec("data")
-    assert whole["x"].sharding.is_fully_replicated
+    assert rows["x"].sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"))
     np.testing.assert_array_equal(rows["x"], np.arange(6).reshape(2, 3))
+
+
+def test_what_does_not_divide_the_devices_is_refused():
+    with pytest.raises(InputError, match="--fsdp=2: give a divisor of 1"):
+        make_mesh(fsdp=2)
+    with pytest.raises(InputError, match="--model_parallel=2: give a divisor of 1"):
+        make_mesh(model_parallel=2)
+
+
+def test_a_state_comes_back_whole_and_its_own():
+    state = {"vector": jnp.arange(5.0), "count": jnp.asarray(3), "none": None}
+    layout = Layout(make_mesh(), state, 5)
+    placed = layout.place(state)
+    step = layout.jit(lambda s, batch, key: (s | {"vector": s["vector"] * batch}, {"sum": batch}))
+    after, metrics = step(placed, jnp.asarray(2.0), layout.key(0))
+    assert_same_bits(layout.whole(after), state | {"vector": jnp.arange(5.0) * 2})
+    assert float(metrics["sum"]) == 2.0
+    assert placed["vector"].is_deleted()
+    np.testing.assert_array_equal(state["vector"], np.arange(5.0))
+
+
+CUT = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 4)
+from edgespeech.training.sharding import Layout, gather, make_mesh, scatter, shard_rows, split_columns
+from edgespeech.training.fingerprint import fingerprint
+state = {"vector": jnp.arange(1.0, 11.0), "count": jnp.asarray(3)}
+mesh = make_mesh(fsdp=4)
+layout = Layout(mesh, state, 10)
+placed = layout.place(state)
+assert placed["vector"].shape == (12,)
+assert {s.data.shape for s in placed["vector"].addressable_shards} == {(3,)}
+assert placed["count"].sharding.is_fully_replicated
+def step(s, batch, key):
+    vector = gather(s["vector"])
+    assert vector.shape == (10,)
+    return s | {"vector": scatter(vector * jnp.sum(batch))}, {"mean": jnp.mean(vector)}
+rows = shard_rows(np.ones((4, 2), np.float32), mesh)
+assert {s.data.shape for s in rows.addressable_shards} == {(1, 2)}
+arguments = (placed, rows, layout.key(0))
+after, metrics = layout.compiler(step)(*arguments)(*arguments)
+assert {s.data.shape for s in after["vector"].addressable_shards} == {(3,)}
+np.testing.assert_array_equal(layout.whole(after)["vector"], 8 * np.arange(1.0, 11.0))
+np.testing.assert_array_equal(np.asarray(after["vector"])[10:], 0)
+assert fingerprint([after["vector"]]) == fingerprint([jnp.asarray(8 * np.arange(1.0, 11.0), jnp.float32)])
+mesh = make_mesh(fsdp=2, model_parallel=2)
+assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "model": 2}
+with jax.set_mesh(mesh):
+    split = jax.jit(split_columns)({"w": jnp.ones((3, 4)), "odd": jnp.ones((3, 5)), "b": jnp.ones(4)})
+shapes = {name: leaf.addressable_shards[0].data.shape for name, leaf in split.items()}
+assert shapes == {"w": (3, 2), "odd": (3, 5), "b": (4,)}, shapes
+"""
+
+
+def test_where_the_parts_lie_on_four_devices():
+    subprocess.run([sys.executable, "-c", CUT], check=True, cwd=ROOT)

@@ -1,0 +1,179 @@
+"""One process of a run of several, or a run on its own, as `experiments.program` would start it.
+
+    python -m tests.training.worker WORKDIR JOB[,JOB] [--steps N] [--devices N] [--fsdp N] [--model_parallel N]
+        [--slow SECONDS] [--idle SECONDS] [--coordinator=HOST:PORT --num_processes=N --process_id=I]
+
+A job trains a tiny model; process 0 leaves its state in WORKDIR/JOB/state.npz. Filler rows, dropout and changes of
+speed take part. --idle: before the first job, the process does for so long what an evaluation would. SIGUSR1 is an
+error of its own.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+
+from edgespeech.data.batching import BatchConfig, BatchSource
+from edgespeech.data.tokenizer import CharTokenizer
+from edgespeech.training import distributed
+from edgespeech.training.ctc import ctc_objective, weighted_mean
+from edgespeech.training.loop import LoopConfig, train
+from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
+from edgespeech.training.stopping import Stopped
+from edgespeech.training.watch import Watch
+from tests.support.tiny import ToneCorpus, tiny_config, tiny_model
+
+BATCH = BatchConfig(batch_seconds=2.3, num_buckets=1, batch_multiple=4, speed_factors=(0.9, 1.0))
+
+
+def plain():
+    """Least squares with noise in the inputs: compiled in no time."""
+
+    def loss(params, batch, key, step):
+        del step
+        seconds = batch.audio_lengths / 16_000
+        x = jnp.stack([jnp.mean(jnp.abs(batch.audio), 1), seconds, jnp.ones_like(seconds)], 1)
+        y = (x + jax.random.normal(key, x.shape)) @ params["w"] + params["b"]
+        error = jnp.sum(jnp.square(y - batch.targets[:, :4]), 1)
+        return weighted_mean(error, batch.weights), {}
+
+    params = {"w": jnp.zeros((3, 4)), "b": jnp.zeros(1)}
+    return loss, params, None, BatchSource(ToneCorpus(), CharTokenizer(), BATCH)
+
+
+def ctc():
+    """The teacher of experiments.lpa_librispeech."""
+    graphdef, params = nnx.split(tiny_model())
+    source = BatchSource(ToneCorpus(), CharTokenizer(), BATCH, tiny_config().num_frames)
+    return ctc_objective(graphdef, (1,)), params, None, source
+
+
+def splitformer():
+    """Exits, with batch norms that see the rows of all processes."""
+    from edgespeech.models.splitformer import Splitformer
+    from edgespeech.training.exits import ExitLossConfig, exit_objective
+    from tests.support.tiny_exits import exit_config
+
+    config = exit_config(vocab_size=CharTokenizer().vocab_size, branches="none", num_mels=20)
+    graphdef, params, statistics = nnx.split(
+        Splitformer(config, rngs=nnx.Rngs(0)), nnx.Param, nnx.BatchStat
+    )
+    source = BatchSource(ToneCorpus(), CharTokenizer(), BATCH, config.num_frames)
+    return exit_objective(graphdef, ExitLossConfig()), params, statistics, source
+
+
+def sepformer():
+    """Enhancement, with noise that is drawn for every utterance."""
+    from edgespeech.data.mixtures import MixtureConfig, MixtureSource
+    from edgespeech.data.noise import GeneratedNoise
+    from edgespeech.models.sepformer import SepFormer, SepFormerConfig
+    from edgespeech.training.enhancement import si_snr_objective
+
+    config = SepFormerConfig(
+        sample_rate=16_000,
+        width=8,
+        chunk_length=100,
+        num_blocks=1,
+        num_intra_layers=1,
+        num_inter_layers=1,
+        num_heads=2,
+        ffn_width=8,
+    )
+    graphdef, params = nnx.split(SepFormer(config, rngs=nnx.Rngs(0)))
+    corpus = ToneCorpus()
+    source = MixtureSource(corpus, GeneratedNoise(corpus), MixtureConfig(), BATCH)
+    return si_snr_objective(graphdef), params, None, source
+
+
+MODELS = {"plain": plain, "ctc": ctc, "splitformer": splitformer, "sepformer": sepformer}
+
+
+def run(job: str, arguments: argparse.Namespace) -> None:
+    """A job is the name of a model, perhaps with how it lies on the devices: `ctc.fsdp2`, `ctc.model2`."""
+    name, _, layout = job.partition(".")
+    objective, params, extra, source = MODELS[name]()
+    _, unravel = ravel_pytree(params)
+    config = OptimizerConfig(learning_rate=3e-3)
+    optimizer = make_optimizer(config, arguments.steps, params)
+
+    def wait(batch):
+        time.sleep(arguments.slow)
+        return batch
+
+    state = train(
+        job,
+        make_step(objective, unravel, optimizer, config.average_decay),
+        init_state(params, optimizer, extra),
+        source,
+        arguments.steps,
+        workdir=arguments.workdir,
+        settings={"steps": arguments.steps},
+        seed=1,
+        config=LoopConfig(
+            save_every=arguments.save_every,
+            log_every=1,
+            quiet=True,
+            fsdp=int(layout[4:]) if layout.startswith("fsdp") else 1,
+            model_parallel=int(layout[5:]) if layout.startswith("model") else 1,
+        ),
+        prepare=wait,
+    )
+    if jax.process_index() == 0:
+        leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+        np.savez(arguments.workdir / f"{job}.npz", **leaves)
+
+
+def fail(number, frame) -> None:
+    raise OSError("the disk is gone")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("jobs")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--save_every", type=int, default=3)
+    parser.add_argument("--devices", type=int)
+    parser.add_argument("--slow", type=float, default=0.0)
+    parser.add_argument("--idle", type=float, default=0.0)
+    parser.add_argument("--heartbeat_seconds", type=float, default=5.0)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
+    arguments = parser.parse_args()
+    if arguments.devices:
+        jax.config.update("jax_num_cpu_devices", arguments.devices)
+    place = distributed.find_place(
+        arguments.coordinator, arguments.num_processes, arguments.process_id, {}
+    )
+    if place is not None:
+        distributed.start(place, arguments.heartbeat_seconds)
+    signal.signal(signal.SIGUSR1, fail)
+    with Watch(arguments.heartbeat_seconds) as watch:
+        try:
+            print("ready", flush=True)
+            deadline = time.monotonic() + arguments.idle
+            while time.monotonic() < deadline:
+                json.dumps(os.getpid())
+            for job in arguments.jobs.split(","):
+                run(job, arguments)
+        except (Stopped, Exception) as error:
+            status = 0 if isinstance(error, Stopped) else 1
+            print(repr(error), file=sys.stderr, flush=True)
+            if not watch.together:
+                sys.exit(status)
+            watch.explain(error)
+            watch.leave(status, repr(error))
+
+
+if __name__ == "__main__":
+    main()
