@@ -62,14 +62,28 @@ def sweep(tmp_path):
             check=False, timeout=60,
         )  # fmt: skip
 
+    started = []
+
     def start(*arguments):
         (tmp_path / "out").mkdir(exist_ok=True)
-        return subprocess.Popen(
-            command(*arguments), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        process = subprocess.Popen(
+            command(*arguments),
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell starts what runs in the background deaf to Ctrl-C, and children inherit it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
+        started.append(process)
+        return process
 
     run.start, run.out = start, tmp_path / "out"
-    return run
+    yield run
+    (run.out / "hold").unlink(missing_ok=True)  # lets trials end that a failed test left behind
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def wait_for(condition):
