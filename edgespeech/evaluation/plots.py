@@ -98,7 +98,7 @@ def wer_curve(
     most = max(row["replaced"] for row in [*curve, *controls])
     axis.set(xlabel="layers replaced", ylabel="WER, %", xticks=range(most + 1))
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(loc="upper left", fontsize=8)
+    axis.legend(loc="best", fontsize=8)
     figure.suptitle(f"Word error rate over replaced layers, {note}")
     save_figure(figure, path)
 
