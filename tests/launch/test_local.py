@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.signals import hear_ctrl_c
 from tests.support.tiny import ROOT
 
 SHOW = (
@@ -67,14 +68,19 @@ def test_killed_counts_as_failed_and_the_deaf_are_killed():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_are_handed_on(number):
-    with subprocess.Popen(command(SLEEP), stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with subprocess.Popen(
+        command(SLEEP), stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=hear_ctrl_c
+    ) as process:
         assert process.stdout is not None
         for _ in range(2):
             process.stdout.readline()
         process.send_signal(number)
         expected = 128 + signal.SIGTERM if number == signal.SIGTERM else 1
-        # Python ends with the signal itself after a Ctrl-C that it did not catch.
-        assert process.wait(60) in (expected, 128 + signal.SIGINT)
+        try:
+            # Python ends with the signal itself after a Ctrl-C that it did not catch.
+            assert process.wait(60) in (expected, 128 + signal.SIGINT)
+        finally:
+            process.terminate()  # a launcher that is told so ends its children
 
 
 def test_nobody_survives():
