@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
@@ -40,6 +41,9 @@ class Peers:
         self._board, self._id, self._count = board, process_id, num_processes
         self._timeout, self._clock = timeout, clock
         self._beats = 0
+        # The first last word stands: the watching thread may be about to say that this process lives, or is done.
+        self._lock = threading.Lock()
+        self._is_over = False
         self._heard: dict[int, tuple[int, float]] = {}
         self._dead: set[int] = set()
 
@@ -48,17 +52,25 @@ class Peers:
         self._timeout = min(timeout, self._timeout)
 
     def live(self) -> None:
-        """Says that this process lives."""
-        self._beats += 1
-        self._say(state="lives")
+        """Says that this process lives, unless it has said its last word."""
+        with self._lock:
+            if not self._is_over:
+                self._beats += 1
+                self._say(state="lives")
 
     def end(self) -> None:
         """Says that this process is done: its silence from now on means nothing."""
-        self._say(state="done")
+        self._say_last(state="done")
 
     def fail(self, message: str, status: int) -> None:
         """Says that this process ends with an error, which ends the others with the same status."""
-        self._say(state="failed", message=message, status=status)
+        self._say_last(state="failed", message=message, status=status)
+
+    def _say_last(self, **entry) -> None:
+        with self._lock:
+            if not self._is_over:
+                self._is_over = True
+                self._say(**entry)
 
     def _say(self, **entry) -> None:
         entry |= {"beat": self._beats, "host": socket.gethostname()}

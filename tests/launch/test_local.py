@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.signals import hear_ctrl_c
+from tests.support.signals import hearing_ctrl_c
 from tests.support.tiny import ROOT
 
 SHOW = (
@@ -69,7 +69,7 @@ def test_killed_counts_as_failed_and_the_deaf_are_killed():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_are_handed_on(number):
     with subprocess.Popen(
-        command(SLEEP), stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=hear_ctrl_c
+        hearing_ctrl_c(command(SLEEP)), stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:
         assert process.stdout is not None
         for _ in range(2):

@@ -15,7 +15,7 @@ from edgespeech.errors import InputError
 from launch.sweep.space import draws, folder_name, grid, parse_parameter, parse_space
 from launch.sweep.summary import as_numbers, by_settings, draw, write_table
 from launch.sweep.trial import Trial, engine_command, read_metric
-from tests.support.signals import hear_ctrl_c
+from tests.support.signals import hearing_ctrl_c
 from tests.support.tiny import ROOT
 
 # A program with the flags of an experiment; its WER is a function of the swept flags. It keeps a line of every start,
@@ -68,12 +68,11 @@ def sweep(tmp_path):
     def start(*arguments):
         (tmp_path / "out").mkdir(exist_ok=True)
         process = subprocess.Popen(
-            command(*arguments),
+            hearing_ctrl_c(command(*arguments)),
             cwd=tmp_path,
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=hear_ctrl_c,
         )
         started.append(process)
         return process

@@ -1,8 +1,17 @@
 """Signals of processes that tests start."""
 
-import signal
+import sys
+from collections.abc import Sequence
+
+HEAR = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
-def hear_ctrl_c() -> None:
-    """For `preexec_fn`: a shell starts what runs in the background deaf to Ctrl-C, and children inherit it."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def hearing_ctrl_c(command: Sequence[str]) -> list[str]:
+    """A command that starts another, in the same process, with Ctrl-C switched on.
+
+    A shell starts what runs in the background deaf to it, and children inherit that.
+    """
+    return [sys.executable, "-c", HEAR, *command]

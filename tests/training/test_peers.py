@@ -78,3 +78,16 @@ def test_less_patience_when_an_operation_of_all_has_failed():
     first.hurry(5.0)
     clock.now += 6.0
     assert first.judge() is not None
+
+
+def test_the_last_word_stands():
+    """The thread that says "lives" may come after the one that says why the process ends."""
+    first, second, clock = pair()
+    second.live()
+    second.fail("the disk is gone", 1)
+    second.live()
+    second.end()
+    clock.now += 100.0
+    verdict = first.judge()
+    assert verdict is not None
+    assert (verdict.message, verdict.status) == (f"{NAME} stopped: the disk is gone", 1)
