@@ -1,5 +1,6 @@
 """The command line: words and their times on tones that are known, long files, formats, errors, and every command."""
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -25,12 +26,13 @@ from edgespeech.inference.long_audio import LongAudio
 from edgespeech.inference.subtitles import cues, srt, vtt
 from edgespeech.inference.words import Word, text_of, token_texts, words_of_path
 from edgespeech.interop.pretrained import save_pretrained
-from edgespeech.models.sepformer import SepFormer, SepFormerConfig
+from edgespeech.models.sepformer import SepFormer
 from edgespeech.models.wav2vec2 import count_parameters
 from edgespeech.nn.lpa import LPAConfig
 from edgespeech.ops.ctc import greedy_path
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
 from tests.support.modules import randomize
+from tests.support.sepformer import TOY
 from tests.support.tiny import LETTER, LETTERS, ROOT, tiny_model, tone
 
 FRAME = 500  # samples of a frame of the models below: a quarter of a letter
@@ -329,17 +331,7 @@ def test_bad_input_is_a_message(arguments, message, capsys):
 
 
 def test_enhance(tmp_path, capsys):
-    config = SepFormerConfig(
-        sample_rate=16_000,
-        width=8,
-        kernel_size=64,
-        chunk_length=20,
-        num_blocks=1,
-        num_intra_layers=1,
-        num_inter_layers=1,
-        num_heads=2,
-        ffn_width=12,
-    )
+    config = dataclasses.replace(TOY, num_blocks=1, num_intra_layers=1)
     model = randomize(SepFormer(config, rngs=nnx.Rngs(0)), 0, 0.3)
     save_pretrained(tmp_path / "model", model, None, {})
     noise = 0.1 * np.random.default_rng(0).normal(size=9000)

@@ -1,7 +1,6 @@
 """Show what a saved model is made of: layers, mixers, pulses, exits, parameters, multiplications."""
 
 import argparse
-import functools
 from typing import Any
 
 from edgespeech.errors import InputError
@@ -52,7 +51,7 @@ def describe(model: Any, tokenizer: Any, about: dict[str, Any], seconds: float) 
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
     encoder_alone = isinstance(model, Moonshine)
     macs = count_macs(
-        functools.partial(_call, model.encode if encoder_alone else model),
+        model.encode if encoder_alone else model,
         jax.ShapeDtypeStruct((1, samples), jnp.float32),
         lengths,
     )
@@ -77,8 +76,7 @@ def describe(model: Any, tokenizer: Any, about: dict[str, Any], seconds: float) 
                 (1, -(-n // 2) if "branch" in path else n, config.width), jnp.float32
             )
             counts = [
-                f"{count_macs(functools.partial(_call, part), x, lengths).total() / 1e6:.1f}"
-                for part in (layer, layer.mixer)
+                f"{count_macs(part, x, lengths).total() / 1e6:.1f}" for part in (layer, layer.mixer)
             ]
         name = ".".join(map(str, path))
         mixer = type(layer.mixer).__name__
@@ -93,11 +91,6 @@ def describe(model: Any, tokenizer: Any, about: dict[str, Any], seconds: float) 
             exits.append((str(number), f"{count / 1e9:.3f}"))
         lines += ["", *_table(exits)]
     return lines + [""] * bool(about) + [f"{key}: {value}" for key, value in about.items()]
-
-
-def _call(module: Any, *operands: Any) -> Any:
-    # jax.make_jaxpr wants a function: an nnx module is a container of arrays to it.
-    return module(*operands)
 
 
 def pulses(mixer: Any) -> str:

@@ -18,7 +18,7 @@ def count_macs(function: Callable, *args: Any) -> Counter[str]:
     often as it runs, a cond its dearest branch. Element-wise operations and reductions count nothing.
 
     Args:
-        function: traceable by JAX.
+        function: traceable by JAX, or a module.
         args: its arguments; `jax.ShapeDtypeStruct` will do, as nothing is computed.
 
     Returns:
@@ -27,7 +27,8 @@ def count_macs(function: Callable, *args: Any) -> Counter[str]:
     Raises:
         InputError: a while loop holds MACs, and how often it runs is not in the program.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    # A module is a container of arrays to JAX: tracing wants a function around it.
+    return _count(jax.make_jaxpr(lambda *values: function(*values))(*args).jaxpr)
 
 
 def equations(jaxpr) -> Iterator:

@@ -1,8 +1,6 @@
 """From a budget that is set at run time to the deepest exit that fits it."""
 
 import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +20,8 @@ def exit_compute(model: ExitModel, seconds: float) -> list[int]:
     x, _ = jax.eval_shape(model.embed, audio, lengths)
     macs = [count_macs(model.embed, audio, lengths).total()]
     for block, head in zip(model.blocks, model.heads, strict=True):
-        macs.append(sum(count_macs(_call(part), x, lengths).total() for part in (block, head)))
+        macs.append(sum(count_macs(part, x, lengths).total() for part in (block, head)))
     return np.cumsum(macs)[1:].tolist()
-
-
-def _call(module: Any) -> Callable[..., Any]:
-    # A module is a container of arrays to JAX; tracing wants a function.
-    return lambda *arrays: module(*arrays)
 
 
 def exit_within_compute(model: ExitModel, budget: float, seconds: float = 10.0) -> int:

@@ -1,7 +1,7 @@
 """Early-exit Conformers with CTC: the baseline (arXiv 2309.09546) and Splitformer (arXiv 2506.18035)."""
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from flax import nnx
@@ -266,13 +266,20 @@ class Splitformer(nnx.Module):
         Raises:
             InputError: the batch is too short for a frame. A row of it that is too short has 0 frames.
         """
-        keys = (None,) * (len(self.blocks) + 1)
-        if key is not None:
-            keys = tuple(jax.random.split(key, len(keys)))
-        embedded, lengths = self.embed(audio, audio_lengths, keys[0])
-        x, hidden, logits = embedded, [], []
-        for block, head, block_key in zip(self.blocks, self.heads, keys[1:], strict=True):
-            x = block(x, lengths, block_key)
-            hidden.append(x)
-            logits.append(head(x, lengths))
-        return ExitOutput(tuple(logits), lengths, tuple(hidden), embedded)
+        return run_exits(self, audio, audio_lengths, key)
+
+
+def run_exits(
+    model: Any, audio: Audio, audio_lengths: Lengths, key: Array | None = None
+) -> ExitOutput:
+    """The logits of every exit of a model with `embed`, `blocks` and `heads`; a key means training."""
+    keys = (None,) * (len(model.blocks) + 1)
+    if key is not None:
+        keys = tuple(jax.random.split(key, len(keys)))
+    embedded, lengths = model.embed(audio, audio_lengths, keys[0])
+    x, hidden, logits = embedded, [], []
+    for block, head, block_key in zip(model.blocks, model.heads, keys[1:], strict=True):
+        x = block(x, lengths, block_key)
+        hidden.append(x)
+        logits.append(head(x, lengths))
+    return ExitOutput(tuple(logits), lengths, tuple(hidden), embedded)

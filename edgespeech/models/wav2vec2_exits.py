@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from edgespeech.errors import InputError
-from edgespeech.models.splitformer import ExitOutput
+from edgespeech.models.splitformer import ExitOutput, run_exits
 from edgespeech.models.wav2vec2 import Wav2Vec2
 from edgespeech.nn.transformer import EncoderLayer
 from edgespeech.types import Array, Audio, Frames, Lengths, Logits
@@ -102,13 +102,4 @@ class Wav2Vec2Exits(nnx.Module):
         self, audio: Audio, audio_lengths: Lengths, key: Array | None = None
     ) -> ExitOutput:
         """Audio to the logits of every exit; arguments as of `Wav2Vec2`."""
-        keys = (None,) * (len(self.blocks) + 1)
-        if key is not None:
-            keys = tuple(jax.random.split(key, len(keys)))
-        embedded, lengths = self.embed(audio, audio_lengths, keys[0])
-        x, hidden, logits = embedded, [], []
-        for block, head, block_key in zip(self.blocks, self.heads, keys[1:], strict=True):
-            x = block(x, lengths, block_key)
-            hidden.append(x)
-            logits.append(head(x, lengths))
-        return ExitOutput(tuple(logits), lengths, tuple(hidden), embedded)
+        return run_exits(self, audio, audio_lengths, key)

@@ -21,24 +21,14 @@ from edgespeech.conversion.sweep import make_replacements
 from edgespeech.data.batching import BatchConfig
 from edgespeech.data.mixtures import MixtureConfig, MixtureSource
 from edgespeech.data.noise import GeneratedNoise
-from edgespeech.models.sepformer import SepFormer, SepFormerConfig
+from edgespeech.models.sepformer import SepFormer
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import LPA, LPAConfig
 from edgespeech.ops.sisnr import si_snr_reference
 from tests.support.modules import randomize
+from tests.support.sepformer import TOY
 from tests.support.tiny import QUIET, ToneCorpus, assert_same_bits
 
-CONFIG = SepFormerConfig(
-    sample_rate=16_000,
-    width=8,
-    kernel_size=64,
-    chunk_length=20,
-    num_blocks=2,
-    num_intra_layers=2,
-    num_inter_layers=1,
-    num_heads=2,
-    ffn_width=12,
-)
 call = nnx.jit(lambda model, audio, lengths: model(audio, lengths))
 SMALL_LPA = LPAConfig(aperiodic=2, periodic=1, positional=1, kernel_size=3, local_kernel_size=3)
 
@@ -59,7 +49,7 @@ def batch(source):
 
 
 def make(seed):
-    return randomize(SepFormer(CONFIG, rngs=nnx.Rngs(seed)), seed, scale=0.2)
+    return randomize(SepFormer(TOY, rngs=nnx.Rngs(seed)), seed, scale=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +76,11 @@ def test_only_intra_chunk_layers_are_found(teacher, batch):
 
 def test_pairs_are_those_of_every_chunk(teacher, batch):
     pairs = teacher.pairs(batch)
-    chunks = 2 * ((CONFIG.num_frames(batch.audio.shape[1]) + 10) // 20 + 1)
+    chunks = 2 * ((TOY.num_frames(batch.audio.shape[1]) + 10) // 20 + 1)
     assert pairs.x.shape == (4, 4 * chunks, 20, 8)
     lengths = np.asarray(pairs.lengths).reshape(4, chunks)
     for row in range(4):
-        used = 2 * ((CONFIG.num_frames(int(batch.audio_lengths[row])) + 10) // 20 + 1)
+        used = 2 * ((TOY.num_frames(int(batch.audio_lengths[row])) + 10) // 20 + 1)
         used *= int(batch.weights[row])
         assert lengths[row].tolist() == [20] * used + [0] * (chunks - used)
     first = teacher.plain.mask_network.blocks[0].intra.layers[0].mixer
@@ -128,7 +118,7 @@ def test_loss_in_numpy(teacher, batch):
     estimates, wanted = np.float64(output.estimates), np.float64(plain.estimates)
     si_snr = numpy_loss(estimates, np.float64(batch.targets), batch)
     to_teacher = numpy_loss(estimates, wanted, batch)
-    lengths = [2 * ((CONFIG.num_frames(int(n)) + 10) // 20 + 1) for n in batch.audio_lengths]
+    lengths = [2 * ((TOY.num_frames(int(n)) + 10) // 20 + 1) for n in batch.audio_lengths]
     ratios = []
     for layer in order:
         ours, theirs = (
@@ -160,7 +150,7 @@ def test_a_student_equal_to_its_teacher_asks_nothing_more_of_it(teacher, batch):
     assert terms["teacher"] == 0.0  # better than 30 dB
     assert np.abs(terms["si_snr"]) > 0.1
     assert prediction.lengths.tolist() == [
-        20 * 2 * ((CONFIG.num_frames(int(n)) + 10) // 20 + 1) for n in batch.audio_lengths
+        20 * 2 * ((TOY.num_frames(int(n)) + 10) // 20 + 1) for n in batch.audio_lengths
     ]
 
 

@@ -12,28 +12,18 @@ from edgespeech.conversion.layers import mixer_layers
 from edgespeech.conversion.mixers import lpa_factory
 from edgespeech.data.tokenizer import CharTokenizer
 from edgespeech.interop.pretrained import load_pretrained, save_pretrained
-from edgespeech.models.sepformer import SepFormer, SepFormerConfig
+from edgespeech.models.sepformer import SepFormer
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import LPA, LPAConfig, harden
 from tests.support.modules import randomize
+from tests.support.sepformer import TOY
 from tests.support.tiny import assert_same_bits
 
-CONFIG = SepFormerConfig(
-    sample_rate=16_000,
-    width=8,
-    kernel_size=64,
-    chunk_length=20,
-    num_blocks=2,
-    num_intra_layers=2,
-    num_inter_layers=1,
-    num_heads=2,
-    ffn_width=12,
-)
 LPA_CONFIG = LPAConfig(aperiodic=2, periodic=1, positional=1, kernel_size=3, local_kernel_size=3)
 
 
 def make_teacher():
-    return randomize(SepFormer(CONFIG, rngs=nnx.Rngs(0)), 0, 0.3)
+    return randomize(SepFormer(TOY, rngs=nnx.Rngs(0)), 0, 0.3)
 
 
 def make_hybrid():
@@ -52,7 +42,7 @@ def test_round_trip(tmp_path, make):
     loaded, tokenizer, about = load_pretrained(tmp_path)
     assert isinstance(loaded, SepFormer)
     assert (tokenizer, about) == (None, {"steps": 2})
-    assert loaded.config == CONFIG
+    assert loaded.config == TOY
     assert_same_bits(nnx.state(loaded, nnx.Param), nnx.state(model, nnx.Param))
     audio = 0.1 * np.random.default_rng(0).normal(size=(2, 3000)).astype(np.float32)
     lengths = np.array([3000, 2100])

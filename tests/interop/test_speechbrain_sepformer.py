@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from edgespeech.errors import InputError
+from edgespeech.evaluation.latency_sepformer import random_speechbrain_model
 from edgespeech.interop.speechbrain_sepformer import load_speechbrain_sepformer, speechbrain_names
 from edgespeech.interop.tensors import named_params
 from edgespeech.models.sepformer import SepFormer, SepFormerConfig
@@ -32,7 +33,7 @@ SMALL = SepFormerConfig(
 
 @pytest.fixture(scope="module")
 def peer():
-    """SpeechBrain's modules. It imports torchaudio, for files alone: where that fails, an empty module stands in."""
+    """SpeechBrain's loss. It imports torchaudio, for files alone: where that fails, an empty module stands in."""
     with pytest.MonkeyPatch.context() as patch:
         try:
             import torchaudio  # noqa: F401
@@ -41,29 +42,15 @@ def peer():
             stand_in.__version__ = "2.11.0"
             patch.setitem(sys.modules, "torchaudio", stand_in)
         pytest.importorskip("speechbrain", exc_type=ImportError)
-        from speechbrain.lobes.models.dual_path import SepformerWrapper
         from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
-    yield SepformerWrapper, get_si_snr_with_pitwrapper
+    yield get_si_snr_with_pitwrapper
     # Its lazy modules raise on any look at them, and other tests' libraries look at every module that is loaded.
     for name in [name for name in sys.modules if name.split(".")[0] == "speechbrain"]:
         del sys.modules[name]
 
 
-def make_theirs(wrapper, config):
-    torch.manual_seed(0)
-    model = wrapper(
-        encoder_kernel_size=config.kernel_size,
-        encoder_out_nchannels=config.width,
-        masknet_chunksize=config.chunk_length,
-        masknet_numlayers=config.num_blocks,
-        masknet_numspks=config.num_speakers,
-        intra_numlayers=config.num_intra_layers,
-        inter_numlayers=config.num_inter_layers,
-        intra_nhead=config.num_heads,
-        inter_nhead=config.num_heads,
-        intra_dffn=config.ffn_width,
-        inter_dffn=config.ffn_width,
-    ).eval()
+def make_theirs(config):
+    model = random_speechbrain_model(config)
     with torch.no_grad():
         for parameter in model.parameters():  # no scale stays 1, no bias 0
             parameter += 0.1 * torch.randn_like(parameter)
@@ -78,9 +65,9 @@ def save(model, folder):
 
 @pytest.mark.parametrize("speakers", [1, 2])
 def test_masks_estimates_loss_and_gradients(peer, tmp_path, speakers):
-    wrapper, their_loss = peer
+    their_loss = peer
     config = dataclasses.replace(SMALL, num_speakers=speakers)
-    theirs = make_theirs(wrapper, config)
+    theirs = make_theirs(config)
     ours = load_speechbrain_sepformer(save(theirs, tmp_path), config)
     rng, t = np.random.default_rng(1), 8 + 4 * 29
     targets = np.float32(rng.normal(size=(2, speakers, t)))
@@ -133,7 +120,7 @@ def _their_gradients(model):
 
 
 def test_loss_drops_what_is_better_than_the_threshold(peer):
-    _, their_loss = peer
+    their_loss = peer
     rng = np.random.default_rng(2)
     targets = np.float32(rng.normal(size=(3, 1, 50)))
     noise = np.float32(rng.normal(size=(3, 1, 50))) * np.float32([1.0, 0.3, 0.001])[:, None, None]
@@ -147,9 +134,9 @@ def test_loss_drops_what_is_better_than_the_threshold(peer):
     assert got == pytest.approx(kept.mean().item(), abs=1e-4)
 
 
-def test_other_lengths_equal_theirs_on_the_completed_audio(peer, tmp_path):
-    wrapper, _ = peer
-    theirs = make_theirs(wrapper, SMALL)
+@pytest.mark.usefixtures("peer")
+def test_other_lengths_equal_theirs_on_the_completed_audio(tmp_path):
+    theirs = make_theirs(SMALL)
     ours = load_speechbrain_sepformer(save(theirs, tmp_path), SMALL)
     ours.mask_network.scan_layers = True
     more = 3

@@ -4,7 +4,21 @@ import math
 
 import numpy as np
 
+from edgespeech.models.sepformer import SepFormerConfig
 from tests.support.reference import layer_norm, linear, part, self_attention, sigmoid
+
+# Small enough for tests: two blocks of two layers within chunks and one across.
+TOY = SepFormerConfig(
+    sample_rate=16_000,
+    width=8,
+    kernel_size=64,
+    chunk_length=20,
+    num_blocks=2,
+    num_intra_layers=2,
+    num_inter_layers=1,
+    num_heads=2,
+    ffn_width=12,
+)
 
 
 def positions(n, d):
