@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 
 from edgespeech.errors import InputError
 from edgespeech.nn.causal_conv import carry_over, whole_chunks
-from edgespeech.ops.conv import conv_length
+from edgespeech.ops.conv import conv2d, conv_length
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
 from edgespeech.types import Array, Float, Frames, Lengths
 
@@ -93,11 +92,11 @@ class Subsampling(nnx.Module):
                 f"pad the batch to at least {MIN_FRAMES}, lengths unchanged"
             )
         x = zero_padding(x, mask_from_lengths(lengths, x.shape[1])).astype(self.dtype or x.dtype)
-        y = _conv2d(x[..., None], self.first[...], STRIDE)
+        y = conv2d(x[..., None], self.first[...], STRIDE)
         y = jax.nn.relu(y + self.first_bias[...].astype(y.dtype))
-        y = _conv2d(y, self.second[...], STRIDE)
+        y = conv2d(y, self.second[...], STRIDE)
         if self.separable:
-            y = _conv2d(y, self.pointwise[...], 1)
+            y = conv2d(y, self.pointwise[...], 1)
         y = jax.nn.relu(y + self.second_bias[...].astype(y.dtype))
         b, n, bins, d = y.shape
         y = self.projection(y.reshape(b, n, bins * d))
@@ -145,15 +144,3 @@ class StreamingSubsampling(Subsampling):
         joined = jnp.concatenate([state, chunk.astype(state.dtype)], axis=1)
         y, frames = super().__call__(joined, lengths + BEFORE)
         return y, frames, carry_over(joined, lengths, BEFORE)
-
-
-def _conv2d(x: Array, kernel: Array, stride: int) -> Array:
-    """Unpadded convolution `[b f m c] -> [b f' m' e]`; a kernel of one input channel runs over every channel alone."""
-    return lax.conv_general_dilated(
-        x,
-        kernel.astype(x.dtype),
-        window_strides=(stride, stride),
-        padding="VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1] // kernel.shape[2],
-    )

@@ -84,6 +84,62 @@ def _grouped_kernel_gradient(x: Frames, gradient: Frames, groups: int) -> Float[
     return lax.map(tap, jnp.arange(k)).reshape(k, d // groups, e)
 
 
+def conv2d(x: Float[Array, "b f m c"], kernel: Float[Array, "k l i e"], stride: int) -> Array:
+    """Unpadded convolution of time and mel bins, `[b f m c] -> [b (f-k)//s+1 (m-l)//s+1 e]`.
+
+    `i` is `c`, or 1 where every channel runs alone (depthwise, `e = c`). XLA's gradients of a depthwise convolution are
+    slow on CPU, so these are a sum of shifted products (3x3, stride 2, 96 channels, 8 x 188 x 19 positions: 290 ms
+    against 7 ms, one core, jax 0.10.2).
+    """
+    kernel = kernel.astype(x.dtype)
+    if kernel.shape[2] == 1 and kernel.shape[3] == x.shape[3]:
+        return _depthwise2d(x, kernel, stride)
+    return conv2d_reference(x, kernel, stride)
+
+
+def conv2d_reference(x: Float[Array, "b f m c"], kernel: Array, stride: int) -> Array:
+    """`conv2d` through XLA's convolution, its gradients too: the form to test against."""
+    return lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        window_strides=(stride, stride),
+        padding="VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1] // kernel.shape[2],
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _depthwise2d(x, kernel, stride):
+    return conv2d_reference(x, kernel, stride)
+
+
+def _depthwise2d_forward(x, kernel, stride):
+    return conv2d_reference(x, kernel, stride), (x, kernel)
+
+
+def _depthwise2d_backward(stride, saved, gradient):
+    _, of_both = jax.vjp(functools.partial(_shifted_sum2d, stride=stride), *saved)
+    return of_both(gradient)
+
+
+_depthwise2d.defvjp(_depthwise2d_forward, _depthwise2d_backward)
+
+
+def _shifted_sum2d(x: Float[Array, "b f m c"], kernel: Array, stride: int) -> Array:
+    """`y_pq = sum_ij K_ij * x_{s p + i, s q + j}` for every channel."""
+    rows, columns = kernel.shape[:2]
+    p_end, q_end = (
+        stride * conv_length(n, k, stride) for n, k in zip(x.shape[1:3], kernel.shape, strict=False)
+    )
+    taps = (
+        x[:, i : i + p_end : stride, j : j + q_end : stride] * kernel[i, j, 0]
+        for i in range(rows)
+        for j in range(columns)
+    )
+    return functools.reduce(jnp.add, taps)
+
+
 def depthwise_conv_reference(
     x: Frames, kernel: Float[Array, "k d"], mask: Mask | None = None, causal: bool = False
 ) -> Frames:

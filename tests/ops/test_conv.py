@@ -7,6 +7,8 @@ import pytest
 
 from edgespeech.ops.conv import (
     conv1d,
+    conv2d,
+    conv2d_reference,
     conv_length,
     depthwise_conv,
     depthwise_conv_reference,
@@ -52,6 +54,26 @@ def test_grouped_conv1d_and_its_gradients(n, k, groups):
         np.testing.assert_allclose(gradient, plain, atol=2e-5)
     low = jax.vjp(lambda x, k: grouped_conv1d(x, k, groups), jnp.bfloat16(x), kernel)[1]
     assert [g.dtype for g in low(jnp.bfloat16(weight))] == [jnp.bfloat16, jnp.float32]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(("channels", "groups"), [(4, 4), (4, 1), (1, 1)])
+def test_conv2d_and_its_gradients(channels, groups, stride):
+    x = np.float32(RNG.normal(size=(2, 9, 8, channels)))
+    kernel = np.float32(RNG.normal(size=(3, 2, channels // groups, 4)))
+    got, vjp = jax.vjp(lambda x, kernel: conv2d(x, kernel, stride), x, kernel)
+    want = np.zeros(got.shape)
+    for p, q in np.ndindex(got.shape[1:3]):
+        window = x[:, p * stride : p * stride + 3, q * stride : q * stride + 2]
+        if groups == 1:
+            want[:, p, q] = np.einsum("bklc,klce->be", window, kernel)
+        else:
+            want[:, p, q] = np.einsum("bklc,klc->bc", window, kernel[:, :, 0])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    weight = np.float32(RNG.normal(size=want.shape))
+    _, other = jax.vjp(lambda x, kernel: conv2d_reference(x, kernel, stride), x, kernel)
+    for gradient, plain in zip(vjp(weight), other(weight), strict=True):
+        np.testing.assert_allclose(gradient, plain, atol=2e-5)
 
 
 def test_conv1d_of_too_short_a_signal_is_empty():
