@@ -132,6 +132,7 @@ class EdgeConformerConfig:
             width=96,
             num_layers=4,
             ffn_width=384,
+            ctc_weight=0.5,
             dropout=0.0,
             spec_augment=SpecAugmentConfig(frequency_width=8),
         )
