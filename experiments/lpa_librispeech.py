@@ -177,8 +177,8 @@ def open_teacher(
     model, tokenizer, about = open_model(path_or_id, padding)
     if not isinstance(model, Wav2Vec2) or not isinstance(tokenizer, Tokenizer):
         raise InputError(
-            f"{path_or_id} is a {type(model).__name__}, not a CTC model: convert it with "
-            "experiments.lpa_moonshine"
+            f"{path_or_id} is a {type(model).__name__}, and this program converts a Wav2Vec2 with a CTC head: see "
+            "experiments.lpa_moonshine for a Moonshine, experiments.lpa_sepformer for a SepFormer"
         )
     return model, tokenizer, about
 
