@@ -8,6 +8,7 @@ from absl import flags
 
 from edgespeech.training import distributed
 from edgespeech.training.loop import LoopConfig
+from edgespeech.training.wandb_log import require_wandb
 from edgespeech.training.watch import Watch
 
 FLAGS = flags.FLAGS
@@ -41,6 +42,35 @@ flags.DEFINE_float(
     "Print the stacks of all threads when no step ends in so many minutes; 0: never.",
     lower_bound=0.0,
 )
+flags.DEFINE_bool(
+    "remat",
+    False,
+    "Compute the inside of every layer again in the backward pass: less memory, a third more compute.",
+)
+flags.DEFINE_integer(
+    "data_threads",
+    2,
+    "Threads that decode audio; as many batches, and one, are made ahead.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
+    "profile_steps",
+    0,
+    "Trace so many steps of every stage into WORKDIR/profile/STAGE, for TensorBoard or ui.perfetto.dev.",
+    lower_bound=0,
+)
+flags.DEFINE_integer(
+    "profile_from",
+    5,
+    "The first traced step, counted from where a stage is started or resumed.",
+    lower_bound=0,
+)
+flags.DEFINE_string(
+    "wandb_project",
+    None,
+    "Send what TensorBoard shows to this project of Weights & Biases as well (pip install 'edgespeech[wandb]'); "
+    "WANDB_MODE=offline keeps it in WORKDIR/wandb.",
+)
 
 # What may differ between a run and its continuation.
 FREE = {
@@ -51,6 +81,11 @@ FREE = {
     "fsdp",
     "model_parallel",
     "watchdog_minutes",
+    "remat",
+    "data_threads",
+    "profile_steps",
+    "profile_from",
+    "wandb_project",
 }
 
 
@@ -59,8 +94,9 @@ def joined() -> Iterator[Watch]:
     """Joins the other processes, if there are, and watches over the program: see `Watch`.
 
     Raises:
-        InputError: settings that are half given or do not go together.
+        InputError: settings that are half given or do not go together, or a package that a flag needs is missing.
     """
+    require_wandb(FLAGS.wandb_project)
     place = distributed.find_place(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     if place is not None:
         distributed.start(place, FLAGS.heartbeat_seconds)
@@ -79,4 +115,9 @@ def loop_config() -> LoopConfig:
         fsdp=FLAGS.fsdp,
         model_parallel=FLAGS.model_parallel,
         watchdog_minutes=FLAGS.watchdog_minutes,
+        threads=FLAGS.data_threads,
+        remat=FLAGS.remat,
+        profile_steps=FLAGS.profile_steps,
+        profile_from=FLAGS.profile_from,
+        wandb_project=FLAGS.wandb_project,
     )

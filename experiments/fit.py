@@ -49,7 +49,10 @@ def fit(
     """
     _, unravel = ravel_pytree(params)
     transformation = make_optimizer(optimizer, num_steps, params)
-    settings = {"steps": num_steps, **settings, "optimizer": dataclasses.asdict(optimizer)}
+    optimizer_settings = dataclasses.asdict(optimizer)
+    if optimizer.accumulate == 1:  # older checkpoints do not name it
+        del optimizer_settings["accumulate"]
+    settings = {"steps": num_steps, **settings, "optimizer": optimizer_settings}
     state = train(
         stage,
         make_step(loss, unravel, transformation, optimizer.average_decay),

@@ -23,6 +23,13 @@ flags.DEFINE_string(
     "Folder of what can be made again: synthetic speech, tables of lengths, compiled programs "
     "(default: the user's cache folder).",
 )
+flags.DEFINE_enum(
+    "matmul_precision",
+    None,
+    ["bfloat16", "tensorfloat32", "float32"],
+    "Of products of float32 arrays: bfloat16 rounds their factors and adds up in float32, where the device can "
+    "(default: the device's own).",
+)
 
 
 def main(experiment: Callable[[], None]) -> None:
@@ -41,6 +48,8 @@ def main(experiment: Callable[[], None]) -> None:
                 jax.config.update(
                     "jax_compilation_cache_dir", str(cache_folder(FLAGS.cache_dir, "xla"))
                 )
+                if FLAGS.matmul_precision:
+                    jax.config.update("jax_default_matmul_precision", FLAGS.matmul_precision)
                 if "coordinator" in FLAGS:
                     # Only programs that train have these flags.
                     from experiments import distributed_flags

@@ -50,7 +50,16 @@ flags.DEFINE_integer(
 # What may differ between a run and its continuation.
 _FREE = {"workdir", "resume", "quiet", "cache_dir"} | distributed_flags.FREE
 # Only process 0 needs what is in these.
-_NOT_COPIED = ("checkpoints", "metrics", "timing", "tensorboard", "plots", "skipped")
+_NOT_COPIED = (
+    "checkpoints",
+    "metrics",
+    "timing",
+    "tensorboard",
+    "plots",
+    "skipped",
+    "profile",
+    "wandb",
+)
 
 
 def say(text: str) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 import soundfile
 from absl import flags
 from flax import nnx
@@ -35,6 +34,7 @@ from edgespeech.data.folder import FolderCorpus
 from edgespeech.errors import InputError
 from edgespeech.evaluation.machine import device, versions
 from edgespeech.models.wav2vec2 import count_parameters
+from edgespeech.nn.remat import rematerialised
 from edgespeech.training.sharding import Layout, make_mesh, shard_rows
 from edgespeech.training.state import (
     OptimizerConfig,
@@ -64,13 +64,8 @@ flags.DEFINE_float("seconds", 12.0, "Audio of every row, seconds.", lower_bound=
 flags.DEFINE_integer("rows", 4, "Rows of a batch, on every device.", lower_bound=1)
 flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
 flags.DEFINE_integer("accumulate", 1, "Steps whose gradients make one update.", lower_bound=1)
-flags.DEFINE_enum(
-    "matmul_precision",
-    "default",
-    ["default", "bfloat16", "tensorfloat32", "float32"],
-    "Of products of float32 arrays; bfloat16 rounds their factors and adds up in float32, where the device can.",
-)
 flags.DEFINE_bool("scan_layers", True, "Compile equal neighbouring layers once.")
+flags.DEFINE_bool("remat", False, "Compute the inside of every layer again in the backward pass.")
 flags.DEFINE_integer("matmul_size", 2048, "Rows and columns of the matrix product.", lower_bound=64)
 flags.DEFINE_string(
     "data_dir",
@@ -78,7 +73,7 @@ flags.DEFINE_string(
     "LibriSpeech tree that the data pipeline reads (default: FLAC of tones and noise, made here).",
 )
 flags.DEFINE_string("split", "train", "Split of --data_dir.")
-flags.DEFINE_integer("threads", 1, "Threads that decode audio.", lower_bound=1)
+flags.DEFINE_integer("threads", 2, "Threads that decode audio.", lower_bound=1)
 flags.DEFINE_float("data_seconds", 5.0, "Time the data pipeline so long.", lower_bound=0.1)
 flags.DEFINE_string("json", None, "Write the results here as well.")
 
@@ -129,9 +124,7 @@ def time_model(name: str, compilations: Compilations) -> dict[str, Any]:
     def build(scan_layers: bool) -> tuple[StepFunction, TrainState]:
         subject.model.scan_layers = scan_layers
         graphdef, params, statistics = nnx.split(subject.model, nnx.Param, ...)
-        optimizer = make_optimizer(OptimizerConfig(), 1000, params)
-        if FLAGS.accumulate > 1:
-            optimizer = optax.MultiSteps(optimizer, FLAGS.accumulate).gradient_transformation()
+        optimizer = make_optimizer(OptimizerConfig(accumulate=FLAGS.accumulate), 1000, params)
         extra = statistics if subject.has_statistics else None
         unravel = ravel_pytree(params)[1]
         step = make_step(subject.objective(graphdef), unravel, optimizer, average_decay=0.999)
@@ -147,8 +140,9 @@ def time_model(name: str, compilations: Compilations) -> dict[str, Any]:
     state, key, run = layout.place(state), layout.key(0), layout.jit(step)
 
     start = time.perf_counter()
-    for _ in range(2 * FLAGS.accumulate):
-        state, metrics = run(state, on_device, key)
+    with rematerialised(FLAGS.remat):
+        for _ in range(2 * FLAGS.accumulate):
+            state, metrics = run(state, on_device, key)
     loss = float(metrics["loss"])
     compile_seconds = time.perf_counter() - start
     if not np.isfinite(loss):
@@ -265,7 +259,7 @@ def render(result: dict[str, Any]) -> str:
         f"Training steps on {place['count']} x {place['kind']}, {place['cores']} CPU cores, "
         f"{result['date']}, jax {result['versions']['jax']}",
         f"matrix product: {result['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s a device, precision "
-        f"{result['settings']['matmul_precision']}",
+        f"{result['settings']['matmul_precision'] or 'default'}",
         f"data pipeline, {data['threads']} threads: {data['utterances_per_s']:.0f} utterances/s, "
         f"{data['audio_s_per_s']:.0f} s of audio a second, {data['audio_s_per_cpu_s']:.0f} a core-second",
         "",
@@ -289,8 +283,6 @@ def experiment() -> None:
         raise InputError(f"--models holds {unknown[0]!r}: choose from {', '.join(SUBJECTS)}")
     if FLAGS.json and not Path(FLAGS.json).parent.is_dir():
         raise InputError(f"--json={FLAGS.json}: there is no folder {Path(FLAGS.json).parent}")
-    if FLAGS.matmul_precision != "default":
-        jax.config.update("jax_default_matmul_precision", FLAGS.matmul_precision)
     compilations = Compilations()
     if FLAGS.data_dir:
         data = data_rate(FLAGS.data_dir, FLAGS.split)
@@ -300,7 +292,7 @@ def experiment() -> None:
             data = data_rate(folder, "train")
     matmul = matmul_rate(FLAGS.matmul_size)
     rows = [complete(time_model(name, compilations), matmul, data) for name in FLAGS.models]
-    names = ("accumulate", "matmul_precision", "scan_layers", "matmul_size", "steps")
+    names = ("accumulate", "matmul_precision", "scan_layers", "remat", "matmul_size", "steps")
     result = {
         "results": rows,
         "data": data,

@@ -65,7 +65,6 @@ MECHANISMS = {
     ),
     "FeedForward": ((D, 12, 0.0), (X,)),
     "GatedFeedForward": ((D, 12), (X,)),
-    "GlobalNorm": ((D,), (X, MASK)),
     "LPA": ((D, H, PULSES), FRAMES),
     "LinearHead": ((D, 4), FRAMES),
     "LogMelFrontEnd": ((D, 8, 2, 1, SpecAugmentConfig()), AUDIO),

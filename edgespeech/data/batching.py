@@ -108,6 +108,7 @@ class BatchShape(NamedTuple):
 
 class _Planned(NamedTuple):
     bucket: int
+    factors: np.ndarray  # of speed, one a row
     rows: np.ndarray  # positions among the kept utterances, at most b
 
 
@@ -266,12 +267,10 @@ class BatchSource:
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0 over all epochs: a function of settings and step."""
         epoch, position = self.locate(step)
-        planned = self._plan(epoch)[position]
-        choices = self._choices(epoch)[planned.rows]
-        return self._build(planned, [self.config.speed_factors[choice] for choice in choices])
+        return self._build(self._plan(epoch)[position])
 
     def iterator(
-        self, start_step: int, num_steps: int, threads: int = 1, prefetch: int = 2
+        self, start_step: int, num_steps: int, threads: int = 1, prefetch: int | None = None
     ) -> Generator[tuple[int, Batch], None, None]:
         """(step, batch) of `num_steps` steps from `start_step`, built ahead by threads, in order.
 
@@ -282,13 +281,15 @@ class BatchSource:
             start_step: the first step; a resumed run names the step it stopped at.
             num_steps: how many.
             threads: threads that decode.
-            prefetch: batches to build ahead.
+            prefetch: batches to build ahead (default: as many as there are threads, and one).
         """
         steps = iter(range(start_step, start_step + num_steps))
-        pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="batches")
+        threads = max(1, threads)
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="batches")
+        most = threads + 1 if prefetch is None else max(1, prefetch)
         try:
             ahead: deque[tuple[int, Future[Batch]]] = deque(
-                (step, pool.submit(self.batch, step)) for step in islice(steps, max(1, prefetch))
+                (step, pool.submit(self.batch, step)) for step in islice(steps, most)
             )
             while ahead:
                 step, future = ahead.popleft()
@@ -303,8 +304,8 @@ class BatchSource:
         """Each kept utterance once, at its own speed, in length order, in `batch`'s shapes."""
         lengths = np.asarray([self.corpus.utterances[i].num_samples for i in self.indices])
         order = np.argsort(lengths, kind="stable")
-        for planned in self._cut(order, lengths):
-            yield self._build(planned, [1.0] * len(planned.rows))
+        for planned in self._cut(order, lengths, np.ones(len(lengths))):
+            yield self._build(planned)
 
     def _random(self, epoch: int, stream: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64([self.config.seed, epoch, stream]))
@@ -317,12 +318,13 @@ class BatchSource:
     def _lengths_of(self, epoch: int) -> np.ndarray:
         return self._lengths[self._choices(epoch), np.arange(len(self.indices))]
 
-    def _cut(self, order: np.ndarray, lengths: np.ndarray) -> list[_Planned]:
+    def _cut(self, order: np.ndarray, lengths: np.ndarray, factors: np.ndarray) -> list[_Planned]:
         buckets = np.searchsorted(self._ends, lengths)
         plan = []
         for bucket, shape in enumerate(self._shapes):
             rows = order[buckets[order] == bucket]
-            plan += [_Planned(bucket, rows[i : i + shape.b]) for i in range(0, len(rows), shape.b)]
+            parts = (rows[i : i + shape.b] for i in range(0, len(rows), shape.b))
+            plan += [_Planned(bucket, factors[part], part) for part in parts]
         return plan
 
     def _plan(self, epoch: int) -> list[_Planned]:
@@ -337,15 +339,17 @@ class BatchSource:
 
     def _new_plan(self, epoch: int) -> list[_Planned]:
         lengths = self._lengths_of(epoch)
+        factors = np.asarray(self.config.speed_factors)[self._choices(epoch)]
         if not self.config.shuffle:
-            return self._cut(np.argsort(lengths, kind="stable"), lengths)
+            return self._cut(np.argsort(lengths, kind="stable"), lengths, factors)
         # Sorting random keys keeps the order the same in every numpy: permutation() may change
         # between versions.
         random = self._random(epoch, _SHUFFLE)
-        plan = self._cut(np.argsort(random.random(len(self.indices)), kind="stable"), lengths)
+        order = np.argsort(random.random(len(self.indices)), kind="stable")
+        plan = self._cut(order, lengths, factors)
         return [plan[i] for i in np.argsort(random.random(len(plan)), kind="stable")]
 
-    def _build(self, planned: _Planned, factors: list[float]) -> Batch:
+    def _build(self, planned: _Planned) -> Batch:
         shape = self._shapes[planned.bucket]
         host, count = self._hosts
         height = shape.b // count
@@ -358,8 +362,9 @@ class BatchSource:
             index=np.full(height, -1, np.int32),
         )
         mine = slice(host * height, (host + 1) * height)
-        for row, (kept, factor) in enumerate(zip(planned.rows[mine], factors[mine], strict=True)):
-            audio = change_speed(self.corpus.audio(int(self.indices[kept])), factor)
+        rows = zip(planned.rows[mine], planned.factors[mine], strict=True)
+        for row, (kept, factor) in enumerate(rows):
+            audio = change_speed(self.corpus.audio(int(self.indices[kept])), float(factor))
             target = self._targets[kept]
             batch.audio[row, : len(audio)] = audio
             batch.audio_lengths[row] = len(audio)

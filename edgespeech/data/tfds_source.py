@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edgespeech.data.audio import from_int16, read_audio, to_int16
+from edgespeech.data.audio import from_int16, read_audio, read_int16
 from edgespeech.data.corpus import Corpus, Skipped, Utterance, cache_folder, write_atomically
 from edgespeech.data.folder import normalise_text
 from edgespeech.errors import InputError
@@ -85,7 +85,7 @@ class TfdsCorpus(Corpus):
         """Samples of one utterance: float32 `[t]` in [-1, 1), multiples of 2**-15."""
         record = self._record(self._positions[index])
         name = self.utterances[index].id
-        return from_int16(to_int16(read_audio(io.BytesIO(record["speech"]), name).samples))
+        return from_int16(read_int16(io.BytesIO(record["speech"]), name))
 
     def _record(self, position: int) -> Any:
         with self._lock:  # the reader of ArrayRecord says nothing about threads

@@ -15,10 +15,10 @@ from edgespeech.errors import InputError
 from edgespeech.nn.dual_path import (
     Chunks,
     DualPathBlock,
-    GlobalNorm,
     join_chunks,
     overlap_add,
     split_chunks,
+    utterance_norm,
 )
 from edgespeech.ops.conv import conv1d
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
@@ -141,7 +141,7 @@ class MaskNetwork(nnx.Module):
         d = config.width
         self.config = config
         self.scan_layers = False
-        self.norm = GlobalNorm(d)
+        self.norm = utterance_norm(d)
         self.bottleneck = nnx.Linear(d, d, use_bias=False, rngs=rngs)
         self.blocks = nnx.List(
             DualPathBlock(

@@ -5,7 +5,7 @@ from edgespeech.nn.channels_first import ChannelsFirstAttention, ChannelsFirstFe
 from edgespeech.nn.conformer import ConformerFeedForward, ConformerLayer, ConvolutionModule
 from edgespeech.nn.cross_attention import CrossAttention
 from edgespeech.nn.decoder_layer import DecoderLayer, GatedFeedForward
-from edgespeech.nn.dual_path import DualPathBlock, GlobalNorm
+from edgespeech.nn.dual_path import DualPathBlock
 from edgespeech.nn.exits import BiLSTMHead, LinearHead
 from edgespeech.nn.front_end import LogMelFrontEnd, WaveformFrontEnd
 from edgespeech.nn.lpa import LPA, anneal, harden, set_anneal
@@ -42,7 +42,6 @@ __all__ = [
     "EncoderLayer",
     "FeedForward",
     "GatedFeedForward",
-    "GlobalNorm",
     "LPAConfig",
     "LinearHead",
     "LogMelFrontEnd",

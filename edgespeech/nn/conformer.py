@@ -12,6 +12,7 @@ from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.masked_norm import MaskedNorm, NormKind
 from edgespeech.nn.norm import LpLayerNorm
 from edgespeech.nn.relative_attention import RelativeSelfAttention, sinusoids
+from edgespeech.nn.remat import rematerialisable
 from edgespeech.nn.transformer import Mixer
 from edgespeech.ops.conv import depthwise_conv
 from edgespeech.ops.dropout import dropout
@@ -166,6 +167,7 @@ class ConformerLayer(nnx.Module):
         self.norm = layer_norm(d, rngs)
         self.dropout_rate = dropout_rate
 
+    @rematerialisable
     def __call__(self, x: Frames, lengths: Lengths, key: Array | None = None) -> Frames:
         """`[b n d], [b] -> [b n d]`; a key means training: dropout, and batch statistics in a batch norm."""
         keys = (None,) * 4 if key is None else tuple(jax.random.split(key, 4))

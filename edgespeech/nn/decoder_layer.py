@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from edgespeech.nn.cross_attention import CrossAttention
+from edgespeech.nn.remat import rematerialisable
 from edgespeech.nn.rotary import KeysValues, RotarySelfAttention
 from edgespeech.types import Array, Float, Frames, Int, Lengths
 
@@ -62,6 +63,7 @@ class DecoderLayer(nnx.Module):
         self.ffn = GatedFeedForward(d, ffn_width, rngs=rngs)
         self.ffn_norm = norm()
 
+    @rematerialisable
     def __call__(
         self, x: Float[Array, "b u d"], lengths: Lengths, memory: Frames, memory_lengths: Lengths
     ) -> Float[Array, "b u d"]:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from edgespeech.errors import InputError
+from edgespeech.nn.masked_norm import MaskedNorm
 from edgespeech.nn.transformer import EncoderLayer, FeedForward, run_layers
 from edgespeech.ops.dropout import dropout
-from edgespeech.ops.mask import mask_from_lengths, masked_mean, zero_padding
-from edgespeech.types import Array, Float, Frames, Lengths, Mask
+from edgespeech.ops.mask import mask_from_lengths, zero_padding
+from edgespeech.types import Array, Float, Frames, Lengths
 
 Chunks = Float[Array, "b s k d"]
 
@@ -78,34 +79,9 @@ def sinusoidal_positions(n: int, d: int) -> Float[Array, "n d"]:
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1).reshape(n, d)
 
 
-class GlobalNorm(nnx.Module):
-    """Normalises an utterance over time and channels together, then scales each channel.
-
-        y = (x - mean) / sqrt(var + eps) * scale + bias       mean, var: one number each an utterance
-
-    PyTorch's GroupNorm with one group, over what is valid alone. eps is 1e-8, as in SpeechBrain's SepFormer.
-
-    Attributes:
-        scale, bias: `[d]`.
-    """
-
-    def __init__(self, d: int):
-        self.scale = nnx.Param(jnp.ones(d))
-        self.bias = nnx.Param(jnp.zeros(d))
-
-    def __call__(self, x: Float[Array, "b n *k d"], mask: Mask) -> Float[Array, "b n *k d"]:
-        """`[b n ... d], [b n] -> [b n ... d]`; zeros where the mask is False."""
-        shape = mask.shape + (1,) * (x.ndim - 2)
-        x = jnp.where(mask.reshape(shape), x.astype(jnp.float32), 0.0)
-
-        def mean(values):
-            # First within a frame or chunk: one float32 sum over a minute of chunks would lose digits.
-            inner = jnp.mean(values.reshape(*mask.shape, -1), -1)
-            return masked_mean(inner, mask, axis=1).reshape(-1, *(1,) * (x.ndim - 1))
-
-        centred = x - mean(x)
-        y = centred * jax.lax.rsqrt(mean(jnp.square(centred)) + 1e-8)
-        return jnp.where(mask.reshape(shape), y * self.scale[...] + self.bias[...], 0.0)
+def utterance_norm(d: int) -> MaskedNorm:
+    """One mean and one variance an utterance, epsilon 1e-8, as in SpeechBrain's SepFormer."""
+    return MaskedNorm(d, "group", epsilon=1e-8)
 
 
 class ReLUFeedForward(FeedForward):
@@ -175,7 +151,7 @@ class DualPathBlock(nnx.Module):
 
     Attributes:
         intra, inter: `PathTransformer`s.
-        intra_norm, inter_norm: `GlobalNorm`s.
+        intra_norm, inter_norm: see `utterance_norm`.
     """
 
     def __init__(
@@ -189,9 +165,9 @@ class DualPathBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.intra = PathTransformer(d, num_intra_layers, num_heads, ffn_width, rngs=rngs)
-        self.intra_norm = GlobalNorm(d)
+        self.intra_norm = utterance_norm(d)
         self.inter = PathTransformer(d, num_inter_layers, num_heads, ffn_width, rngs=rngs)
-        self.inter_norm = GlobalNorm(d)
+        self.inter_norm = utterance_norm(d)
 
     def __call__(self, x: Chunks, num_chunks: Lengths, *, scan: bool) -> DualPathOutput:
         """`[b s k d], [b] -> [b s k d]`; `num_chunks` are the valid ones, `scan` as in `PathTransformer`."""

@@ -138,6 +138,24 @@ def _chunks(
     return jnp.swapaxes(jnp.concatenate([x[:, :-1], x[:, 1:, :overlap]], axis=-1), 0, 1)
 
 
+def log_mel_frames(
+    audio: Audio, lengths: Lengths, num_mels: int, augment: SpecAugmentConfig, key: Array | None
+) -> tuple[Frames, Lengths]:
+    """Normalised log-mel frames of 10 ms: `[b t], [b] -> [b f m], [b]`; what is beyond the lengths has no part in it.
+
+    Args:
+        audio: in [-1, 1], 16 kHz.
+        lengths: valid samples.
+        num_mels: mel bins m.
+        augment: SpecAugment, applied when a key is given.
+        key: a random key, or None.
+    """
+    audio = jnp.where(mask_from_lengths(lengths, audio.shape[1]), audio, 0.0)
+    lengths = feature_lengths(lengths)
+    x = normalize_features(log_mel(audio, num_mels), lengths)
+    return x if key is None else spec_augment(x, lengths, augment, key), lengths
+
+
 def _standardize(x: Array, mask: Array, eps: float) -> Array:
     """Zero mean and unit variance along axis 1 over the valid positions; what lies beyond is not cleared."""
     centred = x - masked_mean(x, mask, axis=1)
@@ -218,11 +236,7 @@ class LogMelFrontEnd(nnx.Module):
         self, audio: Audio, lengths: Lengths, key: Array | None = None
     ) -> tuple[Frames, Lengths]:
         """`[b t], [b] -> [b n channels], [b]`; SpecAugment when a key is given."""
-        audio = jnp.where(mask_from_lengths(lengths, audio.shape[1]), audio, 0.0)
-        lengths = feature_lengths(lengths)
-        x = normalize_features(log_mel(audio, self.num_mels), lengths)
-        if key is not None:
-            x = spec_augment(x, lengths, self.augment, key)
+        x, lengths = log_mel_frames(audio, lengths, self.num_mels, self.augment, key)
         for kernel, norm in zip(self.kernels, self.norms, strict=True):
             x = norm(jax.nn.gelu(conv1d(x, kernel[...], SUBSAMPLING_STRIDE)))
             lengths = conv_length(lengths, SUBSAMPLING_KERNEL, SUBSAMPLING_STRIDE)

@@ -11,7 +11,7 @@ a reading consistent with the paper's abstract, not a copy of its design.
     out = concat_h(y) W_O + b_O
 """
 
-from typing import Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from edgespeech.ops.conv import depthwise_conv
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
 from edgespeech.types import Array, Bool, Float, Frames, Lengths, Mask, Scalar
 
+Init = Literal["attention", "random"]  # of the projections: see `LPA.from_attention`
 # Temperatures at progress 0 and 1 (ours). A rectangle's is in frames; the other gates' has no unit.
 RECTANGLE_TAU = (8.0, 0.25)
 GATE_TAU = (1.0, 0.02)
@@ -133,11 +134,17 @@ class LPA(nnx.Module):
 
     @classmethod
     def from_attention(
-        cls, attention: SelfAttention | RotarySelfAttention, config: LPAConfig, *, rngs: nnx.Rngs
+        cls,
+        attention: SelfAttention | RotarySelfAttention,
+        config: LPAConfig,
+        *,
+        rngs: nnx.Rngs,
+        init: Init = "attention",
     ) -> Self:
         """LPA that starts with the attention's value and output projections, copied; missing biases are zero.
 
-        The paper's "selective initialisation" is, as we read it, this; everything else is new.
+        The paper's "selective initialisation" is, as we read it, this; everything else is new. With `init="random"`
+        nothing is copied but the sizes.
         """
         v_proj = attention.v_proj
         lpa = cls(
@@ -148,6 +155,8 @@ class LPA(nnx.Module):
             dtype=v_proj.dtype,
             param_dtype=v_proj.param_dtype,
         )
+        if init == "random":
+            return lpa
         for ours, theirs in ((lpa.v_proj, v_proj), (lpa.out_proj, attention.out_proj)):
             nnx.update(ours, nnx.state(copy_module(theirs)))
         return lpa

@@ -8,18 +8,15 @@ from flax import nnx
 
 from edgespeech.errors import InputError
 from edgespeech.ops.mask import masked_mean
-from edgespeech.types import Frames, Mask
+from edgespeech.types import Array, Float, Mask
 
 NormKind = Literal["batch", "group", "layer"]
 
-# The axes of `[b n d]` that share one mean and one variance.
-STATISTICS_AXES = {"batch": (0, 1), "group": (1, 2), "layer": (2,)}
-EPSILON = 1e-5
 MOMENTUM = 0.1
 
 
 class MaskedNorm(nnx.Module):
-    """`y = (x - mean) / sqrt(variance + 1e-5) * scale + bias`, with statistics of valid frames alone.
+    """`y = (x - mean) / sqrt(variance + epsilon) * scale + bias`, with statistics of valid frames alone.
 
     What differs is over what the mean and the (biased) variance are taken:
 
@@ -27,9 +24,16 @@ class MaskedNorm(nnx.Module):
         group: all valid frames and channels of one utterance: one group (Wu and He, 2018)
         layer: the channels of one frame (Ba et al., 2016)
 
+    What is valid or not may be a chunk of k frames as well as a frame.
+
     In training, `batch` uses the batch's own statistics and moves the running ones towards them,
     `r <- 0.9 r + 0.1 s`, s being the mean and the unbiased variance; in inference it uses the running ones, so an
     utterance's output does not depend on its batch. `group` and `layer` are the same in both.
+
+    Args:
+        d: channels.
+        kind: see above.
+        epsilon: 1e-5 as in PyTorch's norms; 1e-8 in SpeechBrain's SepFormer.
 
     Attributes:
         scale, bias: `[d]`.
@@ -40,28 +44,44 @@ class MaskedNorm(nnx.Module):
         InputError: the kind is none of the three.
     """
 
-    def __init__(self, d: int, kind: NormKind):
+    def __init__(self, d: int, kind: NormKind, epsilon: float = 1e-5):
         if kind not in get_args(NormKind):
             raise InputError(f"norm is {kind!r}: choose {', '.join(get_args(NormKind))}")
         self.kind = kind
+        self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones(d))
         self.bias = nnx.Param(jnp.zeros(d))
         if kind == "batch":
             self.running_mean = nnx.BatchStat(jnp.zeros(d))
             self.running_variance = nnx.BatchStat(jnp.ones(d))
 
-    def __call__(self, x: Frames, mask: Mask, training: bool = False) -> Frames:
-        """`[b n d], [b n] -> [b n d]`; statistics in float32. What lies outside the mask is not cleared."""
+    def __call__(
+        self, x: Float[Array, "b n *k d"], mask: Mask, training: bool = False
+    ) -> Float[Array, "b n *k d"]:
+        """`[b n ... d], [b n] -> [b n ... d]`; zeros where the mask is False. Statistics are in float32."""
+        valid = mask.reshape(*mask.shape, *(1,) * (x.ndim - 2))
+        # Cleared at once: a NaN in the padding would reach the gradient of the scale.
+        centred = jnp.where(valid, x.astype(jnp.float32), 0.0)
         if self.kind == "batch" and not training:
             mean, variance = self.running_mean[...], self.running_variance[...]
+            centred = centred - mean
         else:
-            axes = STATISTICS_AXES[self.kind]
-            mean = masked_mean(x, mask[..., None], axes)
-            variance = masked_mean(jnp.square(x - mean), mask[..., None], axes)
+            mean = self._mean(centred, valid)
+            centred = centred - mean
+            variance = self._mean(jnp.square(centred), valid)
             if self.kind == "batch":
-                self._update_running(mean[0, 0], variance[0, 0], jnp.sum(mask))
-        y = (x - mean) * jax.lax.rsqrt(variance + EPSILON) * self.scale[...] + self.bias[...]
-        return y.astype(x.dtype)
+                self._update_running(mean.ravel(), variance.ravel(), jnp.sum(mask))
+        y = centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...] + self.bias[...]
+        return jnp.where(valid, y, 0.0).astype(x.dtype)
+
+    def _mean(self, x: Array, valid: Array) -> Array:
+        """The mean that the kind asks for, axes kept."""
+        if self.kind == "batch":
+            return masked_mean(x, valid, tuple(range(x.ndim - 1)))
+        if self.kind == "layer":
+            return jnp.mean(x, -1, keepdims=True)
+        # First within a frame or chunk: one float32 sum over a minute of chunks would lose digits.
+        return masked_mean(jnp.mean(x, tuple(range(2, x.ndim)), keepdims=True), valid, 1)
 
     def _update_running(self, mean: jax.Array, variance: jax.Array, count: jax.Array) -> None:
         unbiased = variance * count / jnp.maximum(count - 1, 1)

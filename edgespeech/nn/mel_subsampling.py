@@ -7,16 +7,13 @@ import numpy as np
 from flax import nnx
 
 from edgespeech.errors import InputError
-from edgespeech.nn.front_end import SUBSAMPLING_KERNEL, SUBSAMPLING_STRIDE
+from edgespeech.nn.front_end import SUBSAMPLING_KERNEL, SUBSAMPLING_STRIDE, log_mel_frames
 from edgespeech.ops.conv import conv1d, conv_length
 from edgespeech.ops.features import (
     HOP,
     WINDOW,
     SpecAugmentConfig,
-    log_mel,
     mel_filters,
-    normalize_features,
-    spec_augment,
 )
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
 from edgespeech.types import SAMPLE_RATE, Array, Audio, Float, Frames, Lengths
@@ -105,15 +102,12 @@ class MelSubsampling(nnx.Module):
         self, audio: Audio, lengths: Lengths, key: Array | None = None
     ) -> tuple[Frames, Lengths]:
         """`[b t], [b] -> [b n d], [b]`; a key means SpecAugment, in `fixed` alone."""
-        audio = jnp.where(mask_from_lengths(lengths, audio.shape[1]), audio, 0.0)
         if self.features == "paper":
+            audio = jnp.where(mask_from_lengths(lengths, audio.shape[1]), audio, 0.0)
             x = power_mel(audio, lengths, self.num_mels)
             lengths = 1 + lengths // HOP
         else:
-            lengths = conv_length(lengths, WINDOW, HOP)
-            x = normalize_features(log_mel(audio, self.num_mels), lengths)
-            if key is not None:
-                x = spec_augment(x, lengths, self.augment, key)
+            x, lengths = log_mel_frames(audio, lengths, self.num_mels, self.augment, key)
         for kernel, bias in zip(self.kernels, self.biases, strict=True):
             x = conv1d(x, kernel[...], SUBSAMPLING_STRIDE) + bias[...]
             lengths = conv_length(lengths, SUBSAMPLING_KERNEL, SUBSAMPLING_STRIDE)

@@ -96,13 +96,18 @@ class ParallelBranch(nnx.Module):
             lengths: `[b]`, valid frames of both.
             key: a key means training; see `ConformerLayer`.
         """
-        v = self.layer(self._downsampled(u, lengths), half_lengths(lengths), key)
+        v = self.layer(self.downsampled(u, lengths), half_lengths(lengths), key)
+        return self.combined(h, v)
+
+    def combined(self, h: Frames, v: Frames) -> Frames:
+        """`[b n d]` of the layers and `[b ceil(n/2) d]` of the branch's layer to what goes on, `[b n d]`."""
         v = repeat_frames(v, h.shape[1])
         if self.combine == "sum":
             return h + v
         return h + jnp.clip(self.bypass_scale[...], 0.0, 1.0) * (v - h)
 
-    def _downsampled(self, u: Frames, lengths: Lengths) -> Frames:
+    def downsampled(self, u: Frames, lengths: Lengths) -> Frames:
+        """Input of the branch's layer, `[b n d] -> [b ceil(n/2) d]`."""
         if self.downsample == "slice":
             return slice_frames(u)
         if self.downsample == "mean":

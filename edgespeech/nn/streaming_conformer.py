@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from edgespeech.nn.causal_conv import StreamingConvolution
 from edgespeech.nn.chunk_attention import ChunkAttention, Chunks
 from edgespeech.nn.conformer import ConformerFeedForward, LayerNormKind, layer_norm
+from edgespeech.nn.remat import rematerialisable
 from edgespeech.ops.dropout import dropout
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
 from edgespeech.types import Array, Frames, Lengths
@@ -96,6 +97,7 @@ class StreamingConformerLayer(nnx.Module):
         before, after = self.mixer.receptive_field
         return None if before is None else before + past, after + future
 
+    @rematerialisable
     def __call__(
         self, x: Frames, lengths: Lengths, chunks: Chunks | None = None, key: Array | None = None
     ) -> Frames:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from edgespeech.nn.attention import SelfAttention
+from edgespeech.nn.remat import rematerialisable
 from edgespeech.ops.conv import depthwise_conv, grouped_conv1d
 from edgespeech.ops.dropout import dropout
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
@@ -61,6 +62,7 @@ class EncoderLayer(nnx.Module):
         for branch in (self.mixer.out_proj, self.ffn.contract):
             branch.kernel[...] = branch.kernel[...] * branch_scale
 
+    @rematerialisable
     def __call__(self, x: Frames, lengths: Lengths, key: Array | None = None) -> Frames:
         """`[b n d], [b] -> [b n d]`; dropout only when a key is given."""
         mixer_key, inner_key, ffn_key = (None,) * 3 if key is None else jax.random.split(key, 3)

@@ -11,6 +11,7 @@ from edgespeech.data.batching import BatchSource
 from edgespeech.training.metrics import MetricsWriter, Progress
 from edgespeech.training.skipped import SkippedSteps
 from edgespeech.training.timing import Clock
+from edgespeech.training.wandb_log import wandb_log
 
 
 class StageLog:
@@ -67,6 +68,7 @@ def stage_log(
     num_steps: int,
     quiet: bool,
     clock: Clock,
+    wandb_project: str | None = None,
 ) -> Iterator[StageLog | NoLog]:
     """The log of a stage in the folder of its run: on process 0, what it writes; on the others nothing.
 
@@ -78,13 +80,15 @@ def stage_log(
         num_steps: of the stage.
         quiet: no progress on the terminal.
         clock: of the stage.
+        wandb_project: see `wandb_log`.
     """
     if jax.process_index() > 0:
         yield NoLog()
         return
     with (
-        MetricsWriter(workdir, stage, resume_step=first) as metrics,
-        MetricsWriter(workdir, stage, resume_step=first, kind="timing") as timing,
+        wandb_log(wandb_project, workdir, stage, first) as also,
+        MetricsWriter(workdir, stage, resume_step=first, log=also) as metrics,
+        MetricsWriter(workdir, stage, resume_step=first, kind="timing", log=also) as timing,
         Progress(stage, num_steps, initial=first, quiet=quiet) as progress,
     ):
         skipped = SkippedSteps(workdir, stage, source, first, quiet)

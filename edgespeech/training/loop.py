@@ -12,10 +12,12 @@ import jax.numpy as jnp
 
 from edgespeech.data.batching import Batch, BatchSource
 from edgespeech.errors import InputError
+from edgespeech.nn.remat import rematerialised
 from edgespeech.training import stopping
 from edgespeech.training.checkpoint import StageCheckpoints
 from edgespeech.training.distributed import barrier, require_same
 from edgespeech.training.log import stage_log
+from edgespeech.training.profiling import StepProfile
 from edgespeech.training.sharding import Layout, make_mesh, row_shards, shard_rows
 from edgespeech.training.state import StepFunction, TrainState
 from edgespeech.training.timing import Clock, count
@@ -31,11 +33,15 @@ class LoopConfig:
     Attributes:
         save_every: steps between checkpoints.
         log_every: steps between written metrics.
-        threads: threads that decode audio.
+        threads: threads that decode audio and make batches ahead.
         quiet: no progress on the terminal.
         fsdp: parts that the training state is cut into; see `make_mesh`.
         model_parallel: parts that the columns of the weights are cut into.
         watchdog_minutes: without a step after which the stacks of all threads are printed; 0: never.
+        remat: compute the inside of every layer again in the backward pass; see `rematerialised`.
+        profile_steps: steps of the stage that process 0 traces into `workdir/profile/STAGE`; 0: none.
+        profile_from: the first of them, counted from the first step of this start.
+        wandb_project: of Weights & Biases, which gets what TensorBoard gets; None: does not.
     """
 
     save_every: int = 200
@@ -45,6 +51,10 @@ class LoopConfig:
     fsdp: int = 1
     model_parallel: int = 1
     watchdog_minutes: float = 0.0
+    remat: bool = False
+    profile_steps: int = 0
+    profile_from: int = 5
+    wandb_project: str | None = None
 
 
 def train(
@@ -114,10 +124,15 @@ def train(
         compile_for = layout.compiler(step_function)
         programs: dict[tuple[int, ...], Callable] = {}
         steps = rows.iterator(first, num_steps - first, threads=config.threads)
+        traced = config.profile_steps if jax.process_index() == 0 else 0
+        profile = StepProfile(workdir / "profile" / stage, config.profile_from, traced)
         together = True  # with the other processes, as far as this one knows
         with (
-            stage_log(workdir, stage, source, first, num_steps, config.quiet, clock) as log,
+            stage_log(
+                workdir, stage, source, first, num_steps, config.quiet, clock, config.wandb_project
+            ) as log,
             watchdog(config.watchdog_minutes) as alive,
+            contextlib.closing(profile),
         ):
             try:
                 while True:
@@ -126,15 +141,20 @@ def train(
                     if batch is None or stopper.stop_here():
                         log.write()
                         break
-                    on_devices = shard_rows(batch, mesh)
                     shape, new = batch.audio.shape, batch.audio.shape not in programs
-                    with clock.spent_on("compile") if new else contextlib.nullcontext():
+                    with (
+                        profile.step(step) as outputs,
+                        clock.spent_on("compile") if new else contextlib.nullcontext(),
+                    ):
+                        on_devices = shard_rows(batch, mesh)
                         prepared = on_devices if prepare is None else prepare(on_devices)
                         if new:
-                            programs[shape] = compile_for(state, prepared, key)
+                            with rematerialised(config.remat):
+                                programs[shape] = compile_for(state, prepared, key)
                             # Collectives wait less long for each other than compilers may differ.
                             barrier(f"compiled/{next(_meetings)}")
                         state, metrics = programs[shape](state, prepared, key)
+                        outputs.append(metrics)
                         if new:
                             jax.block_until_ready(metrics)
                     stopper.unsaved()

@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from edgespeech.errors import InputError
+from edgespeech.training.wandb_log import Log
 
 
 class MetricsWriter:
@@ -34,6 +35,7 @@ class MetricsWriter:
         stage: name of the stage.
         resume_step: see above.
         kind: metrics, which a run repeats exactly, or timing, which depends on the machine.
+        log: gets every row as well, with names `timing/NAME` for the kind timing; None: nothing more.
 
     Raises:
         InputError: the stage is not a plain file name, `resume_step` is negative, or the file of an
@@ -47,6 +49,7 @@ class MetricsWriter:
         *,
         resume_step: int = 0,
         kind: Literal["metrics", "timing"] = "metrics",
+        log: Log | None = None,
     ):
         if not re.fullmatch(r"[\w.-]*\w", stage):
             raise InputError(
@@ -55,6 +58,7 @@ class MetricsWriter:
             )
         if resume_step < 0:
             raise InputError(f"resume_step {resume_step} is below 0: give the first step to write")
+        self._log, self._prefix = log, "" if kind == "metrics" else f"{kind}/"
         self.path = Path(workdir) / kind / f"{stage}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
@@ -81,6 +85,8 @@ class MetricsWriter:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, int(step))
+        if self._log is not None:
+            self._log(int(step), {self._prefix + name: value for name, value in values.items()})
 
     def close(self) -> None:
         """Close both files."""

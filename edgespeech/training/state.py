@@ -48,7 +48,8 @@ class OptimizerConfig:
         final_rate: last learning rate over the peak.
         weight_decay: decoupled; only for arrays of two or more axes.
         clip: largest global norm of a gradient.
-        average_decay: decay of the moving average of the parameters, in [0, 1); 0 keeps the last parameters.
+        average_decay: decay of the moving average of the parameters in a step, in [0, 1); 0 keeps the last parameters.
+        accumulate: steps, each of one batch, whose mean gradient makes one update; at least 1.
     """
 
     learning_rate: float = 1e-3
@@ -57,6 +58,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
     average_decay: float = 0.99
+    accumulate: int = 1
 
     def __post_init__(self):
         for name, low, high in (
@@ -71,21 +73,49 @@ class OptimizerConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate}: it must be at least 1")
 
 
-def make_optimizer(
-    config: OptimizerConfig, steps: int, params: PyTree
-) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """An optax transformation that can tell its learning rate.
+
+    Attributes:
+        init, update: as in `optax.GradientTransformation`.
+        learning_rate: `state -> scalar`, the rate of the next update.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[..., Any]
+    learning_rate: Callable[[Any], Any]
+
+
+def scheduled(
+    *parts: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    accumulate: int = 1,
+) -> Optimizer:
+    """The parts one after another, then times `-schedule(updates done)`; the mean of `accumulate` gradients goes in."""
+    chain = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+    if accumulate == 1:
+        return Optimizer(*chain, lambda state: schedule(state[-1].count))
+    return Optimizer(
+        *optax.MultiSteps(chain, accumulate).gradient_transformation(),
+        lambda state: schedule(state.inner_opt_state[-1].count),
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, params: PyTree) -> Optimizer:
     """Clip, then AdamW (Loshchilov and Hutter, 2019; betas 0.9 and 0.98), over the vector of the params.
 
     Args:
         config: see `OptimizerConfig`.
-        steps: updates of the whole run, which the schedule spans.
+        steps: of the whole run, which the schedule spans.
         params: the tree that is raveled; its arrays of one axis or none are not decayed.
     """
     decayed, _ = ravel_pytree(jax.tree.map(lambda p: jnp.full(p.shape, float(p.ndim > 1)), params))
     # At least one step on either side of the peak: the schedule takes no empty part.
-    steps = max(2, steps)
+    steps = max(2, steps // config.accumulate)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,
@@ -97,16 +127,17 @@ def make_optimizer(
     def decay(updates: Any, vector: Any) -> Any:
         return updates + config.weight_decay * decayed * vector
 
-    return optax.chain(
+    return scheduled(
         optax.clip_by_global_norm(config.clip),
         optax.scale_by_adam(b1=0.9, b2=0.98),
         optax.stateless(decay),
-        optax.scale_by_learning_rate(schedule),
+        schedule=schedule,
+        accumulate=config.accumulate,
     )
 
 
 def init_state(
-    params: PyTree, optimizer: optax.GradientTransformation, extra: PyTree = None
+    params: PyTree, optimizer: optax.GradientTransformation | Optimizer, extra: PyTree = None
 ) -> TrainState:
     """State before the first step, in arrays of its own."""
     vector, _ = ravel_pytree(params)
@@ -128,7 +159,7 @@ StepFunction = Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Sc
 def make_step(
     loss: LossFunction | StatefulLossFunction,
     unravel: Callable[[Vector], PyTree],
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | Optimizer,
     average_decay: float,
     trained: Callable[[Array], Vector] | None = None,
 ) -> StepFunction:
@@ -142,7 +173,7 @@ def make_step(
         loss: returns the scalar to minimise and metrics; a state with an `extra` gives it to the loss as one more
             argument, and takes the new one as one more result.
         unravel: vector to tree, from `ravel_pytree`.
-        optimizer: optax transformation of the vector.
+        optimizer: optax transformation of the vector; an `Optimizer` adds the metric `learning_rate`.
         average_decay: decay of the moving average; early on it is `(1 + step) / (10 + step)` if that is less.
         trained: `step -> [w]`, 1 where a parameter is trained at this step and 0 where it is frozen; its value is
             data, so that phases of a run share one compilation. None trains everything.
@@ -182,8 +213,10 @@ def make_step(
             keep(optimizer_state, state.optimizer),
             keep(extra, state.extra),
         )
-        skipped = 1.0 - finite.astype(jnp.float32)
-        return new_state, {"loss": value, "gradient_norm": norm, "skipped": skipped, **metrics}
+        own = {"loss": value, "gradient_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+        if isinstance(optimizer, Optimizer):
+            own["learning_rate"] = optimizer.learning_rate(state.optimizer)
+        return new_state, own | metrics
 
     return step_function
 

@@ -50,7 +50,7 @@ class Clock:
 
         Returns:
             `data_seconds`, `compute_seconds`, `checkpoint_seconds` and `compile_seconds` of a step on average;
-            `utterances_per_second`, and `audio_seconds_per_second` of all devices and `..._per_device`; `padding`, the
+            `utterances_per_second` and `audio_seconds_per_second` of all devices, and `..._per_device`; `padding`, the
             part of the batches' samples that is not audio; `goodput`, the part of all seconds of this start of the
             stage, from its checkpoint on, in which steps were computed that counted.
         """
@@ -60,12 +60,15 @@ class Clock:
         self._productive += spent["compute"] * kept
         self._reported, self._spent = now, dict.fromkeys(self._spent, 0.0)
         seconds = max(seconds, 1e-9)
-        audio = counts["seconds"] / seconds
+        devices = jax.device_count()
+        rates = {
+            "utterances_per_second": counts["utterances"] / seconds,
+            "audio_seconds_per_second": counts["seconds"] / seconds,
+        }
         return {
             **{f"{name}_seconds": value / steps for name, value in spent.items()},
-            "utterances_per_second": counts["utterances"] / seconds,
-            "audio_seconds_per_second": audio,
-            "audio_seconds_per_second_per_device": audio / jax.device_count(),
+            **rates,
+            **{f"{name}_per_device": rate / devices for name, rate in rates.items()},
             "padding": 1.0 - counts["seconds"] / max(counts["held_seconds"], 1e-9),
             "goodput": self._productive / max(now - self._start, 1e-9),
         }

@@ -309,3 +309,26 @@ def test_batches_are_built_ahead():
         time.sleep(0.01)
     assert len(built) == 4
     iterator.close()
+
+
+def test_as_many_batches_are_built_at_once_as_there_are_threads():
+    together = threading.Barrier(3, timeout=60)
+
+    class Together(Noises):
+        def audio(self, index):
+            together.wait()
+            return super().audio(index)
+
+    source = BatchSource(Together([16000] * 3), TOKENIZER, BatchConfig(batch_seconds=1.04))
+    assert [step for step, _ in source.iterator(0, 3, threads=3)] == [0, 1, 2]
+
+
+def test_speeds_are_drawn_once_an_epoch(monkeypatch):
+    """Drawn for every batch anew, those of LibriSpeech's 281,241 utterances took longer than a small batch."""
+    config = BatchConfig(batch_seconds=1.3, speed_factors=(0.9, 1.0, 1.1))
+    source = BatchSource(Noises([16000] * 6), TOKENIZER, config)
+    steps = source.steps_in_epoch(0)
+    source.batch(0)
+    monkeypatch.setattr(source, "_choices", None)
+    for step in range(1, steps):
+        source.batch(step)

@@ -8,7 +8,8 @@ from absl import flags
 from absl.testing import flagsaver
 
 from edgespeech.errors import InputError
-from experiments import run
+from edgespeech.training.loop import LoopConfig
+from experiments import distributed_flags, run
 from tests.support.programs import TINY_RUN, run_inside
 
 FLAGS = flags.FLAGS
@@ -109,3 +110,23 @@ def test_wrong_flags(tmp_path, monkeypatch, capsys, flag, message):
     assert status == 2
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_the_loop_are_flags_that_a_resume_may_change(workdir):
+    given = {
+        "save_every": 7,
+        "quiet": True,
+        "fsdp": 2,
+        "model_parallel": 2,
+        "watchdog_minutes": 3.0,
+        "data_threads": 5,
+        "remat": True,
+        "profile_steps": 4,
+        "profile_from": 6,
+        "wandb_project": "speech",
+    }
+    for name, value in given.items():
+        setattr(FLAGS, name, value)
+    expected = {"threads" if name == "data_threads" else name: v for name, v in given.items()}
+    assert distributed_flags.loop_config() == LoopConfig(**expected)
+    assert given.keys() - {"save_every", "quiet"} <= distributed_flags.FREE

@@ -13,6 +13,7 @@ from tests.support.tiny import ROOT
 # bucket too many would be.
 SMALL = """
 import sys
+import jax
 from absl import flags
 from absl.testing import flagsaver
 from experiments import program, throughput, throughput_subjects
@@ -29,6 +30,7 @@ with flagsaver.flagsaver():
         program.main(throughput.experiment)
     except SystemExit as stop:
         assert not stop.code
+assert jax.config.jax_default_matmul_precision == "float32"
 put, calls = throughput.shard_rows, []
 
 def shard_rows(batch, mesh):
@@ -48,6 +50,7 @@ def small(tmp_path_factory):
         [
             *(sys.executable, "-c", SMALL, "--models=small", "--seconds=1", "--rows=2"),
             *("--steps=2", "--accumulate=2", "--matmul_size=64", "--data_seconds=0.2"),
+            *("--remat", "--matmul_precision=float32"),
             *(f"--json={path}", f"--cache_dir={os.environ['JAX_COMPILATION_CACHE_DIR']}"),
         ],
         capture_output=True, text=True, cwd=ROOT, check=False,
@@ -73,7 +76,9 @@ def test_rates_follow_from_the_times(small):
         assert row[name] == pytest.approx(value), name
     assert 0 <= row["transfer_hidden"] <= 1
     assert row["compiled_after_warm_up"] == 0
-    assert result["settings"]["accumulate"] == 2
+    settings = result["settings"]
+    assert (settings["accumulate"], settings["remat"]) == (2, True)
+    assert result["data"]["threads"] == 2
     line = next(line.split() for line in out.splitlines() if line.startswith("small "))
     assert line[:4] == ["small", f"{2 / step:.2f}", f"{2 / step:.1f}", f"{1000 * step:.1f}"]
 

@@ -10,12 +10,12 @@ from edgespeech.errors import InputError
 from edgespeech.nn.dual_path import (
     DualPathBlock,
     DualPathLayer,
-    GlobalNorm,
     chunk_count,
     join_chunks,
     overlap_add,
     sinusoidal_positions,
     split_chunks,
+    utterance_norm,
 )
 from edgespeech.nn.token_mixer_controls import Removed
 from tests.support import reference
@@ -95,7 +95,7 @@ def test_positions():
 
 @pytest.mark.parametrize("axes", [(), (K,)])
 def test_global_norm(axes):
-    norm, x = randomize(GlobalNorm(D)), 3.0 + frames(2, 5, *axes, D)
+    norm, x = randomize(utterance_norm(D)), 3.0 + frames(2, 5, *axes, D)
     mask = np.arange(5) < np.array([[5], [2]])
     out = run(norm, np.where(mask.reshape(2, 5, *(1,) * (x.ndim - 2)), x, np.float32(np.nan)), mask)
     out = np.asarray(out)
@@ -107,7 +107,7 @@ def test_global_norm(axes):
 
 def test_global_norm_keeps_its_digits_over_minutes_of_chunks():
     x = 100.0 + np.tile(frames(1, 6, 250, 128), (1, 100, 1, 1))  # 19 M: more than float32 can count
-    out = np.asarray(jax.jit(lambda x: GlobalNorm(128)(x, jnp.ones((1, 600), bool)))(x))
+    out = np.asarray(jax.jit(lambda x: utterance_norm(128)(x, jnp.ones((1, 600), bool)))(x))
     assert out.mean(dtype=np.float64) == pytest.approx(0.0, abs=2e-5)
     assert out.std(dtype=np.float64) == pytest.approx(1.0, abs=2e-5)
 

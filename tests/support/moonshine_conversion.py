@@ -43,12 +43,19 @@ def talkative_moonshine() -> Moonshine:
     return randomize(tiny_moonshine(scale=0.0), 41, 0.6)
 
 
-def noise_source(corpus: Corpus | None = None) -> BatchSource:
-    """Batches of one shape: three rows of 0.4 s; the second of an epoch of five has a filler row."""
+def noise_source(corpus: Corpus | None = None, batch_multiple: int = 1) -> BatchSource:
+    """Batches of one shape: three rows of 0.4 s; the second of an epoch of five has a filler row.
+
+    With `batch_multiple` 4 there are four rows, and three filler rows in the second batch.
+    """
     corpus = corpus or NoiseCorpus()
     random = np.random.default_rng(7)
     texts = {
         u.id: random.integers(3, 11, random.integers(0, 4)).tolist() for u in corpus.utterances
     }
-    config = BatchConfig(batch_seconds=1.3, num_buckets=1)
+    config = BatchConfig(
+        batch_seconds=1.3 if batch_multiple == 1 else 0.45 * batch_multiple,
+        num_buckets=1,
+        batch_multiple=batch_multiple,
+    )
     return BatchSource(Labelled(corpus, texts, []), TokenIds(), config)

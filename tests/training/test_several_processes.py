@@ -15,8 +15,9 @@ from edgespeech.training.peers import LOST
 from tests.support.tiny import assert_same_bits, tiny_model
 from tests.training.processes import Processes, leaves, run
 
-MODELS = ("ctc", "ctc.fsdp2", "ctc.model2", "splitformer", "sepformer")
+MODELS = ("ctc", "ctc.fsdp2", "ctc.model2", "splitformer", "sepformer", "edge")
 STEPS = 4
+CONVERSION = ("sweep_lpa", "convert_lpa")  # the stages of Moonshine's
 
 
 def metrics(workdir, job):
@@ -27,19 +28,21 @@ def metrics(workdir, job):
 def one(tmp_path_factory):
     """One process of four devices, everything replicated."""
     jobs = [job for job in MODELS if "." not in job]
-    return run(tmp_path_factory.mktemp("one"), ",".join((*jobs, "plain")), count=1, devices=4)
+    jobs += ["moonshine", "plain"]
+    return run(tmp_path_factory.mktemp("one"), ",".join(jobs), count=1, devices=4)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Two processes of two devices."""
-    return run(tmp_path_factory.mktemp("two"), ",".join((*MODELS, "plain", "plain.fsdp2")))
+    jobs = (*MODELS, "moonshine", "plain", "plain.fsdp2")
+    return run(tmp_path_factory.mktemp("two"), ",".join(jobs))
 
 
-@pytest.mark.parametrize("job", MODELS)
+@pytest.mark.parametrize("job", MODELS + CONVERSION)
 def test_losses_are_those_of_one_process(one, two, job):
     expected, found = metrics(one, job.split(".")[0]), metrics(two, job)
-    assert [row["step"] for row in found] == list(range(STEPS))
+    assert [row["step"] for row in found] == list(range(3 if job in CONVERSION else STEPS))
     for name in expected[0]:
         np.testing.assert_allclose(
             [row[name] for row in found],

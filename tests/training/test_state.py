@@ -111,6 +111,27 @@ def test_clip_bounds_the_gradient_and_not_a_small_one():
     np.testing.assert_allclose(kept.optimizer[1].mu * 10, small, rtol=1e-5)
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_mean_of_several_gradients_makes_one_update(accumulate):
+    config = OptimizerConfig(learning_rate=0.1, clip=1.0, warmup=0.25, accumulate=accumulate)
+    step, state = build(config, steps=STEPS * accumulate)
+    plain = PlainAdamW(config, state.params)
+    random = np.random.default_rng(0)
+    for index in range(STEPS):
+        gradients = random.normal(size=(accumulate, 7)).astype(np.float32)
+        before = np.asarray(state.params)
+        for part in gradients:
+            np.testing.assert_array_equal(state.params, before)
+            # A step that is skipped is no part of the mean.
+            state, metrics = step(state, np.full(7, np.nan, np.float32), KEY)
+            assert float(metrics["skipped"]) == 1
+            state, metrics = step(state, part, KEY)
+            expected = learning_rate(config, index)
+            np.testing.assert_allclose(metrics["learning_rate"], expected, rtol=1e-5)
+        plain.update(gradients.mean(0))
+        np.testing.assert_allclose(state.params, plain.params, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 40])
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 1.0])
 def test_schedule_endpoints(steps, warmup):
@@ -291,6 +312,7 @@ def test_state_has_arrays_of_its_own():
         ("average_decay", 1.0),
         ("learning_rate", 0.0),
         ("clip", -1.0),
+        ("accumulate", 0),
     ],
 )
 def test_values_out_of_range(name, value):

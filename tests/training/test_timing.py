@@ -1,13 +1,17 @@
 """The split of the time, on a clock of the test's own."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from edgespeech.data.batching import Batch
 from edgespeech.training.timing import Clock, count
 
+DEVICES = 5
 
-def test_seconds_are_split_and_goodput_is_the_part_of_steps_that_counted():
+
+def test_seconds_are_split_and_goodput_is_the_part_of_steps_that_counted(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: DEVICES)
     now = [100.0]
     clock = Clock(lambda: now[0])
 
@@ -31,8 +35,9 @@ def test_seconds_are_split_and_goodput_is_the_part_of_steps_that_counted():
             "checkpoint_seconds": 0.0,
             "compute_seconds": 2.5,
             "utterances_per_second": 12 / 16,
+            "utterances_per_second_per_device": 12 / 16 / DEVICES,
             "audio_seconds_per_second": 36 / 16,
-            "audio_seconds_per_second_per_device": 36 / 16,
+            "audio_seconds_per_second_per_device": 36 / 16 / DEVICES,
             "padding": 0.25,
             "goodput": 5 / 20,
         }

@@ -3,12 +3,13 @@
     python -m tests.training.worker WORKDIR JOB[,JOB] [--steps N] [--devices N] [--fsdp N] [--model_parallel N]
         [--slow SECONDS] [--idle SECONDS] [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
-A job trains a tiny model; process 0 leaves its state in WORKDIR/JOB/state.npz. Filler rows, dropout and changes of
-speed take part. --idle: before the first job, the process does for so long what an evaluation would. SIGUSR1 is an
-error of its own.
+A job trains a tiny model, or converts one; process 0 leaves a trained model's state in WORKDIR/JOB.npz. Filler rows,
+dropout and changes of speed take part. --idle: before the first job, the process does for so long what an evaluation
+would. SIGUSR1 is an error of its own.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -94,39 +95,94 @@ def sepformer():
     return si_snr_objective(graphdef), params, None, source
 
 
-MODELS = {"plain": plain, "ctc": ctc, "splitformer": splitformer, "sepformer": sepformer}
+def edge():
+    """The edge Conformer with its decoder; chunks are drawn at every step."""
+    from edgespeech.models.edge_conformer import EdgeConformer
+    from edgespeech.models.edge_conformer_config import EdgeConformerConfig
+    from edgespeech.training.multitask import multitask_objective
+
+    sizes = {"width": 8, "num_layers": 1, "num_heads": 2, "ffn_width": 8, "conv_kernel": 3}
+    config = dataclasses.replace(
+        EdgeConformerConfig.tiny(),
+        **sizes,
+        num_mels=20,
+        chunk=2,
+        left=1,
+        decoder_layers=1,
+        vocab_size=CharTokenizer().vocab_size,
+    )
+    model = EdgeConformer(config, rngs=nnx.Rngs(0))
+    graphdef, params, other = nnx.split(model, nnx.Param, ...)
+    source = BatchSource(ToneCorpus(), CharTokenizer(), BATCH, config.num_frames)
+    return multitask_objective(graphdef, other, 4), params, None, source
+
+
+MODELS = {
+    "plain": plain,
+    "ctc": ctc,
+    "splitformer": splitformer,
+    "sepformer": sepformer,
+    "edge": edge,
+}
+
+
+def fit(job: str, model: str, workdir: Path, steps: int, config: LoopConfig, prepare=None):
+    """Trains a model of `MODELS`; returns the state."""
+    objective, params, extra, source = MODELS[model]()
+    _, unravel = ravel_pytree(params)
+    optimizer_config = OptimizerConfig(learning_rate=3e-3)
+    optimizer = make_optimizer(optimizer_config, steps, params)
+    return train(
+        job,
+        make_step(objective, unravel, optimizer, optimizer_config.average_decay),
+        init_state(params, optimizer, extra),
+        source,
+        steps,
+        workdir=workdir,
+        settings={"steps": steps},
+        seed=1,
+        config=config,
+        prepare=prepare,
+    )
+
+
+def convert_moonshine(workdir: Path, config: LoopConfig) -> None:
+    """Sweep and replacement of a tiny Moonshine's first layer; the stages are `sweep_lpa` and `convert_lpa`."""
+    from edgespeech.conversion.mixers import lpa_factory
+    from edgespeech.conversion.run import Job, Progressive, Teacher, run_sweep
+    from edgespeech.conversion.seq2seq_task import Seq2SeqDistilConfig, Seq2SeqTask
+    from edgespeech.nn.lpa import LPAConfig
+    from tests.support.moonshine_conversion import noise_source, talkative_moonshine
+
+    model = talkative_moonshine()
+    teacher = Teacher(model, Seq2SeqTask(model.config.bos_id, model.config.eos_id))
+    job = Job(workdir, noise_source(batch_multiple=4), 1, config)
+    lpa = LPAConfig(aperiodic=2, periodic=1, positional=1, kernel_size=3, local_kernel_size=3)
+    heldout = [teacher.pairs(job.source.batch(0))]
+    replacements, _ = run_sweep("lpa", teacher, lpa_factory(lpa), 3, heldout, job)
+    distil = Seq2SeqDistilConfig(steps_per_layer=3)
+    Progressive("lpa", teacher, replacements, (0,), distil, job).advance(1)
 
 
 def run(job: str, arguments: argparse.Namespace) -> None:
-    """A job is the name of a model, perhaps with how it lies on the devices: `ctc.fsdp2`, `ctc.model2`."""
+    """A job is `moonshine`, or a model's name, perhaps with how it lies on the devices: `ctc.fsdp2`, `ctc.model2`."""
     name, _, layout = job.partition(".")
-    objective, params, extra, source = MODELS[name]()
-    _, unravel = ravel_pytree(params)
-    config = OptimizerConfig(learning_rate=3e-3)
-    optimizer = make_optimizer(config, arguments.steps, params)
+    config = LoopConfig(
+        save_every=arguments.save_every,
+        log_every=1,
+        quiet=True,
+        fsdp=int(layout[4:]) if layout.startswith("fsdp") else 1,
+        model_parallel=int(layout[5:]) if layout.startswith("model") else 1,
+    )
+    if name == "moonshine":
+        convert_moonshine(arguments.workdir, config)
+        return
 
     def wait(batch):
         time.sleep(arguments.slow)
         return batch
 
-    state = train(
-        job,
-        make_step(objective, unravel, optimizer, config.average_decay),
-        init_state(params, optimizer, extra),
-        source,
-        arguments.steps,
-        workdir=arguments.workdir,
-        settings={"steps": arguments.steps},
-        seed=1,
-        config=LoopConfig(
-            save_every=arguments.save_every,
-            log_every=1,
-            quiet=True,
-            fsdp=int(layout[4:]) if layout.startswith("fsdp") else 1,
-            model_parallel=int(layout[5:]) if layout.startswith("model") else 1,
-        ),
-        prepare=wait,
-    )
+    state = fit(job, name, arguments.workdir, arguments.steps, config, wait)
     if jax.process_index() == 0:
         leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
         np.savez(arguments.workdir / f"{job}.npz", **leaves)
