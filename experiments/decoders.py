@@ -45,7 +45,8 @@ flags.DEFINE_float("hot_bonus", FusionConfig.hot_bonus, "Nats for each of --hot_
 flags.DEFINE_list(
     "exits",
     [],
-    "Layers of a wav2vec2, from 1, after which it may be left, through its own head (a Splitformer brings its exits).",
+    "Layers of a wav2vec2, from 1, after which it may be left, through its own head (a model trained with exits brings "
+    "them).",
 )
 flags.DEFINE_bool(
     "early_exit", False, "Leave by the rule that was saved with the model, exit_policy.json."
@@ -75,7 +76,7 @@ def make_exit_decoder(model: Any, tokenizer: AnyTokenizer) -> tuple[Decoder, nnx
                 f"--exits is for a wav2vec2 and this one is a {type(model).__name__}: leave it out"
             )
         model = Wav2Vec2Exits(model, int_list("exits", 1, len(model.layers)))
-    elif not isinstance(model, Splitformer):
+    elif not isinstance(model, Splitformer | Wav2Vec2Exits):
         raise InputError(
             f"--checkpoint={FLAGS.checkpoint} is a {type(model).__name__} without exits: give a Splitformer, or "
             "--exits for a wav2vec2"

@@ -11,7 +11,8 @@ SepFormer, of 8 kHz audio, with LPA in its intra-chunk layers, beside SpeechBrai
 
     python -m experiments.latency --model=sepformer --replaced=0,8,16 --seconds=1,10,60 --peers --json=sepformer.json
 
-Models with exits, segment by segment against the whole:
+Models with exits, segment by segment against the whole, and branches beside their layers (on a CPU, with
+XLA_FLAGS=--xla_force_host_platform_device_count=2 on two devices, too):
 
     python -m experiments.latency --model=splitformer --seconds=2,10 --json=exits.json
 

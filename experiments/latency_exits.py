@@ -8,7 +8,13 @@ from absl import flags
 from flax import nnx
 
 from edgespeech.evaluation.latency import Call, interleave, limit_threads
-from edgespeech.evaluation.latency_exits import exit_calls, exit_rows, segmentation_cost
+from edgespeech.evaluation.latency_exits import (
+    branch_rows,
+    exit_calls,
+    exit_rows,
+    segmentation_cost,
+)
+from edgespeech.inference.exit_budget import exit_compute
 from edgespeech.inference.exit_criteria import ExitRule
 from edgespeech.models.splitformer import Splitformer, SplitformerConfig
 from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
@@ -36,8 +42,8 @@ flags.DEFINE_enum(
 def time_exits() -> None:
     """A model with exits: what its segments cost, and what leaving early saves."""
     model = EXIT_MODELS[FLAGS.model]()
-    frames = (model.encoder if isinstance(model, Wav2Vec2Exits) else model).config.num_frames
-    seconds, threads = read_seconds(frames, SAMPLE_RATE), limit_threads(FLAGS.threads)
+    seconds = read_seconds(model.config.num_frames, SAMPLE_RATE)
+    threads = limit_threads(FLAGS.threads)
     random = np.random.default_rng(0)
     calls: dict[tuple[float, str, int], Call] = {}
     for s in seconds:
@@ -46,17 +52,24 @@ def time_exits() -> None:
         calls |= {(s, *name): call for name, call in exit_calls(model, audio, FLAGS.rule).items()}
     say(f"timing {len(calls)} contenders, {FLAGS.repeats} rounds")
     timings = interleave(calls, FLAGS.repeats)
-    result: dict[str, Any] = {"rule": FLAGS.rule, "exits": [], "segmented_over_whole": {}}
+    result: dict[str, Any] = {"rule": FLAGS.rule, "exits": [], "branches": [], "full_depth": {}}
     for s in seconds:
         own = {name[1:]: timing for name, timing in timings.items() if name[0] == s}
         rows = exit_rows(own)
-        result["segmented_over_whole"][f"{s:g}"] = segmentation_cost(own, rows)
+        result["full_depth"][f"{s:g}"] = segmentation_cost(own, rows)
+        macs = exit_compute(model, s)
+        # Leaving at an exit, the next segment has been computed for nothing.
+        wasted = [*np.diff(macs) / macs[-1], 0.0]
+        result["branches"] += [
+            {"seconds": s, **row._asdict(), "hidden": row.hidden} for row in branch_rows(own)
+        ]
         result["exits"] += [
             {
                 "model": FLAGS.model,
                 "seconds": s,
                 **row._asdict(),
                 "overhead": row.overhead,
+                "lookahead_waste": float(wasted[row.exit - 1]),
                 "whole_ms": own["whole", 0].median_ms,
             }
             for row in rows

@@ -61,21 +61,50 @@ def render_exits(result: dict) -> str:
             f"{result['threads']} threads, {machine['cpu']}, jax {result['versions']['jax']}, {result['date']}",
             table(
                 "Segment by segment up to an exit, the same as one program, and the sum of the parts on the way",
-                ["seconds", "exit", "ms", "one program, ms", "parts, ms", "ms / parts", "of whole"],
+                [
+                    *("seconds", "exit", "ms", "one program, ms", "parts, ms", "ms / parts"),
+                    *("of whole", "looking ahead, ms", "MACs it wastes"),
+                ],
                 [
                     [
                         *(f"{row['seconds']:g}", row["exit"], f"{row['median_ms']:.1f}"),
                         *(f"{row['single_ms']:.1f}", f"{row['parts_ms']:.1f}"),
                         f"{row['overhead']:.3f}",
                         f"{row['median_ms'] / row['whole_ms']:.1%}",
+                        *(f"{row['lookahead_ms']:.1f}", f"{row['lookahead_waste']:.1%}"),
                     ]
                     for row in result["exits"]
                 ],
             ),
             table(
-                "Full depth segment by segment over the whole model as one program",
-                ["seconds", "ratio"],
-                [[s, f"{ratio:.3f}"] for s, ratio in result["segmented_over_whole"].items()],
+                "Full depth segment by segment over the whole model as one program, without and with the rule's scores",
+                ["seconds", "over whole", "over scored", "ahead / whole", "ahead / scored"],
+                [
+                    [s, *(f"{ratio:.3f}" for ratio in ratios.values())]
+                    for s, ratios in result["full_depth"].items()
+                ],
+            ),
+            table(
+                "Blocks with a branch: layers and branch alone, and both (hidden: share of the branch's time)",
+                [
+                    "seconds",
+                    "exit",
+                    "layers",
+                    "branch",
+                    "sequential",
+                    "hidden",
+                    "batched",
+                    "sharded",
+                ],
+                [
+                    [
+                        *(f"{row['seconds']:g}", row["exit"], f"{row['layers_ms']:.2f}"),
+                        *(f"{row['branch_ms']:.2f}", f"{row['sequential_ms']:.2f}"),
+                        *(f"{row['hidden']:.0%}", f"{row['batched_ms']:.2f}"),
+                        "1 device" if row["sharded_ms"] is None else f"{row['sharded_ms']:.2f}",
+                    ]
+                    for row in result["branches"]
+                ],
             ),
         ]
     )

@@ -1,10 +1,13 @@
-"""Early exits on equal terms: the early-exit baseline and Splitformer, every exit, and every rule for leaving.
+"""Early exits on equal terms: the early-exit baseline, Splitformer, wav2vec2; every exit, every rule for leaving.
 
 Command     python -m experiments.splitformer_librispeech --workdir=runs/splitformer
 Hardware    2 CPU cores; uses every local device it finds
 Time        about 12 minutes after installation with the default, synthetic data
-Expect      WORKDIR/report.md: WER of every exit of both models; WER at equal compute for every exit rule, the fixed
+Expect      WORKDIR/report.md: WER of every exit of every model; WER at equal compute for every exit rule, the fixed
             exits and the oracle; how much of the gap between these two each rule closes
+
+With a wav2vec2 encoder of as many exits beside them, --models=ee_baseline,splitformer,wav2vec2 (--exit_heads=own: a
+head for every exit).
 
 On a LibriSpeech tree:
 
@@ -12,9 +15,11 @@ On a LibriSpeech tree:
         --model.front_end=fixed --train_split=train-clean-100 --dev_split=dev-clean \\
         --test_split=test-clean,test-other --bpe_size=256 --batch.batch_seconds=600 --batch.num_buckets=6 --steps=60000
 
-The models: early-exit ASR (arXiv 2309.09546) and Splitformer (arXiv 2506.18035). Optimiser, schedule, small sizes and
-the choice of thresholds on dev are ours. A model is scored with the moving average of its parameters and the running
-statistics of the last step; the learning rate ends so low that the two go together.
+The models: early-exit ASR (arXiv 2309.09546), whose wav2vec2 is pretrained and here is not, and Splitformer (arXiv
+2506.18035). Optimiser, schedule, small sizes and the choice of thresholds on dev are ours. All models see the same
+batches in the same order, of utterances whose text each of them can spell in its frames. A model is scored with the
+moving average of its parameters and the running statistics of the last step; the learning rate ends so low that the two
+go together.
 """
 
 import dataclasses
@@ -43,8 +48,10 @@ from edgespeech.evaluation.wer import paired_bootstrap
 from edgespeech.inference.exit_policy import CALIBRATED, ExitPolicy, save_policy
 from edgespeech.inference.exit_predictor import ExitPredictor, save_predictor
 from edgespeech.interop.pretrained import load_pretrained, save_pretrained
+from edgespeech.models.exit_macs import ExitConfig
 from edgespeech.models.splitformer import Placement, Splitformer, SplitformerConfig
-from edgespeech.models.wav2vec2 import count_parameters
+from edgespeech.models.wav2vec2 import Wav2Vec2Config, count_parameters
+from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits, Wav2Vec2ExitsConfig
 from edgespeech.training.exits import ExitLossConfig, exit_objective
 from edgespeech.training.state import OptimizerConfig
 from experiments import asr, data_flags, distributed_flags, program, run, tokenizer_flags
@@ -55,12 +62,26 @@ from experiments.flags import define_config, read_config
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(data_flags)
 flags.adopt_module_key_flags(tokenizer_flags)
-MODELS: dict[str, Placement] = {
+BRANCHES: dict[str, Placement] = {
     "ee_baseline": "none",
     "splitformer": "first_last",
     "all_exits": "all",
 }
+MODELS = (*BRANCHES, "wav2vec2")
 PRESETS = {"tiny": SplitformerConfig.tiny, "paper": SplitformerConfig.splitformer}
+# The tiny one has the width, the frame rate and about the parameters of the tiny Conformers.
+ENCODERS = {
+    "tiny": dataclasses.replace(
+        Wav2Vec2Config.tiny(),
+        width=96,
+        ffn_width=384,
+        front_channels=96,
+        conv_strides=2,
+        conv_blocks=4,
+        position_groups=96,
+    ),
+    "paper": Wav2Vec2Config.base(),
+}
 
 BATCH = BatchConfig(batch_seconds=30, num_buckets=2, speed_factors=(0.9, 1.0, 1.1))
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3, average_decay=0.99)
@@ -69,13 +90,23 @@ OPTIMIZER = OptimizerConfig(learning_rate=2e-3, average_decay=0.99)
 flags.DEFINE_list(
     "models",
     ["ee_baseline", "splitformer"],
-    f"Models to train, parted by commas, the first one to compare with: {', '.join(MODELS)} (branches at no exit, at "
-    "the first and the last, at all).",
+    f"Models to train, parted by commas, the first one to compare with: {', '.join(MODELS)} (Conformers with branches "
+    "at no exit, at the first and the last, at all; an encoder of --model.num_exits equal groups of layers).",
 )
 flags.DEFINE_enum(
-    "preset", "tiny", sorted(PRESETS), "Sizes of the models; --model.* change single ones."
+    "preset",
+    "tiny",
+    sorted(PRESETS),
+    "Sizes of the models; --model.* change single ones of the Conformers, --wav2vec2.* of the wav2vec2.",
 )
 define_config("model", SplitformerConfig.tiny(), skip=("vocab_size", "branches"))
+define_config("wav2vec2", ENCODERS["tiny"], skip=("vocab_size", "padding"))
+flags.DEFINE_enum(
+    "exit_heads",
+    "shared",
+    ["shared", "own"],
+    "Heads of the model wav2vec2: one for all exits, or one for each (the Conformers' are always their own).",
+)
 define_config("batch", BATCH, skip=("shuffle", "seed", "batch_multiple"))
 flags.DEFINE_integer("steps", 1800, "Updates of every model.", lower_bound=1)
 define_config("loss", ExitLossConfig())
@@ -106,6 +137,8 @@ def experiment() -> None:
         raise InputError(
             f"--loss.weights holds {len(loss_config.weights)} numbers: give {model_config.num_exits}, one an exit"
         )
+    encoder_config = read_config("wav2vec2", ENCODERS[FLAGS.preset])
+    choose_configs(names, model_config, encoder_config)
     optimizer_config = read_config("optimizer", OPTIMIZER)
     batch_config = dataclasses.replace(
         read_config("batch", BATCH), seed=FLAGS.seed, batch_multiple=run.batch_multiple()
@@ -118,7 +151,14 @@ def experiment() -> None:
         train_set, dev_set, test_sets = data_flags.open_data(splits)
         tokenizer = tokenizer_flags.make_tokenizer(train_set)
         model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
-        source = BatchSource(train_set, tokenizer, batch_config, model_config.num_frames)
+        encoder_config = dataclasses.replace(encoder_config, vocab_size=tokenizer.vocab_size)
+        configs = choose_configs(names, model_config, encoder_config)
+        source = BatchSource(
+            train_set,
+            tokenizer,
+            batch_config,
+            lambda samples: min(config.num_frames(samples) for config in configs.values()),
+        )
         whole = data_flags.whole_batches(batch_config)
         dev_source = BatchSource(dev_set, None, whole)
         test_sources = {s: BatchSource(corpus, None, whole) for s, corpus in test_sets.items()}
@@ -127,8 +167,7 @@ def experiment() -> None:
 
     # ---------------------------------------------------------------- every model: train, evaluate, choose thresholds
     models, results = [], []
-    for name in names:
-        config = dataclasses.replace(model_config, branches=MODELS[name])
+    for name, config in configs.items():
         folder = workdir.path / name
         if not (folder / "model.json").exists():
             with workdir.stage(f"{name} training"):
@@ -138,7 +177,7 @@ def experiment() -> None:
                 facts = {"data": train_set.kind, "steps": FLAGS.steps, "model": name}
                 save_pretrained(folder, model, tokenizer, facts)
         model, tokenizer, _ = load_pretrained(folder)
-        assert isinstance(model, Splitformer)
+        assert isinstance(model, Splitformer | Wav2Vec2Exits)
         assert isinstance(tokenizer, Tokenizer)
         graphdef, state = nnx.split(model)
         with workdir.stage(f"{name} evaluation"):
@@ -162,7 +201,7 @@ def experiment() -> None:
         models.append(
             {
                 "name": name,
-                "placement": MODELS[name],
+                "structure": structure(config),
                 "parameters": count_parameters(model),
                 "steps": FLAGS.steps,
                 "config": dataclasses.asdict(config),
@@ -212,16 +251,47 @@ def chosen_models() -> list[str]:
     return names
 
 
+def choose_configs(
+    names: list[str], model_config: SplitformerConfig, encoder_config: Wav2Vec2Config
+) -> dict[str, ExitConfig]:
+    """The configuration of every model in --models, all with as many exits.
+
+    Raises:
+        InputError: the layers of the wav2vec2 cannot be parted into so many groups.
+    """
+    configs: dict[str, ExitConfig] = {}
+    for name in names:
+        if name in BRANCHES:
+            configs[name] = dataclasses.replace(model_config, branches=BRANCHES[name])
+        else:
+            own_heads = FLAGS.exit_heads == "own"
+            configs[name] = Wav2Vec2ExitsConfig.evenly(
+                encoder_config, model_config.num_exits, own_heads
+            )
+    return configs
+
+
+def structure(config: ExitConfig) -> str:
+    """A few words for the report."""
+    if isinstance(config, SplitformerConfig):
+        return f"Conformer layers, branches: {config.branches}"
+    return f"wav2vec2 layers, heads: {'own' if config.own_heads else 'shared'}"
+
+
 def train_model(
     workdir: Path,
     name: str,
-    config: SplitformerConfig,
+    config: ExitConfig,
     loss_config: ExitLossConfig,
     optimizer_config: OptimizerConfig,
     source: BatchSource,
-) -> Splitformer:
+) -> Splitformer | Wav2Vec2Exits:
     """A model with the moving average of its parameters; seed, order of the data and steps are the same for all."""
-    model = Splitformer(config, rngs=nnx.Rngs(FLAGS.seed))
+    rngs = nnx.Rngs(FLAGS.seed)
+    if isinstance(config, SplitformerConfig):
+        model = Splitformer(config, rngs=rngs)
+    else:
+        model = Wav2Vec2Exits.create(config, rngs=rngs)
     graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
     average, statistics = fit(
         name,

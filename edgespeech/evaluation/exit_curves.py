@@ -24,46 +24,30 @@ from edgespeech.inference.exit_policy import (
 )
 from edgespeech.inference.exit_predictor import (
     ExitPredictor,
-    exit_features,
     exit_probabilities,
     fit_exit_predictor,
 )
-from edgespeech.models.exit_macs import exit_macs
-from edgespeech.models.splitformer import SplitformerConfig
+from edgespeech.models.exit_macs import ExitConfig, exit_macs
 from edgespeech.types import SAMPLE_RATE
 
 # Word errors that the compute of a whole pass is worth: prices of the oracle, densest where errors are single words.
 PRICES = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 121)])
 
 
-def features_of(scores: ExitScores) -> np.ndarray:
-    """`[e u f]`; see `exit_features`."""
-    rules = scores.rules
-    return np.asarray(
-        exit_features(
-            rules["entropy"],
-            rules["max_probability"],
-            rules["similarity"],
-            rules["patience"],
-            scores.frames,
-        )
-    )
-
-
 def with_calibrated(scores: ExitScores, predictor: ExitPredictor) -> ExitScores:
     """The scores with those of the rule `calibrated`."""
-    calibrated = exit_probabilities(predictor, features_of(scores))
+    calibrated = exit_probabilities(predictor, scores.features)
     return scores._replace(rules={**scores.rules, CALIBRATED: calibrated})
 
 
-def statistics(config: SplitformerConfig, scores: ExitScores) -> ExitStatistics:
+def statistics(config: ExitConfig, scores: ExitScores) -> ExitStatistics:
     """What `exit_policy` works on, still without a rule's scores; costs are multiply-accumulates `[e u]`."""
     costs = np.array([exit_macs(config, int(samples)) for samples in scores.samples], float).T
     return ExitStatistics(np.zeros(costs.shape), scores.errors, scores.words, costs)
 
 
 def analyse(
-    config: SplitformerConfig, dev: ExitScores, test: ExitScores, penalty: float = 1.0
+    config: ExitConfig, dev: ExitScores, test: ExitScores, penalty: float = 1.0
 ) -> tuple[dict[str, Any], ExitPredictor]:
     """Exits, curves of the rules, the oracle's curve, and how much of the gap between the two each rule closes.
 
@@ -78,9 +62,9 @@ def analyse(
 
     Returns:
         For the report, rates as fractions and `cost` as a fraction of the last exit's compute: `exits`, `curves` by
-        rule, `oracle`, `best_fixed`, `gaps` by rule; and the predictor.
+        rule, `oracle`, `best_fixed`, `gaps` by rule, see `_gaps`; and the predictor.
     """
-    predictor = fit_exit_predictor(features_of(dev), dev.errors, penalty)
+    predictor = fit_exit_predictor(dev.features, dev.errors, penalty)
     dev, test = with_calibrated(dev, predictor), with_calibrated(test, predictor)
     on_dev, on_test = statistics(config, dev), statistics(config, test)
     full = on_test.costs[-1].sum() / (test.samples.sum() / SAMPLE_RATE)
@@ -96,7 +80,7 @@ def analyse(
     exits = [
         {
             "exit": m + 1,
-            "layer": (m + 1) * config.layers_per_exit,
+            "layer": config.exit_layers[m],
             **point(always(m, test)),
             "dev_wer": wer,
             "dev_cost": cost,
@@ -147,13 +131,27 @@ def oracle_curve(test: ExitStatistics, point) -> list[dict[str, float]]:
 
 
 def _gaps(rule, best, exits, oracle, curve, dev, test, tuned) -> dict[str, Any]:
-    """How far a rule gets from the best fixed exit (chosen on dev) to the oracle, at equal compute and at equal WER.
+    """How far a rule gets from a fixed exit to the oracle; `closed` is (fixed - rule) / (fixed - oracle), null: no gap.
 
-    `closed` is (fixed - rule) / (fixed - oracle); null where there is no gap.
+    `equal_compute`: in WER, all three within the compute of the best fixed exit, which is chosen on dev.
+    `equal_wer`: in compute, none with a higher WER than that exit.
+    `all_budgets`: in WER, each term summed over the budgets of all fixed exits: how the whole curve does.
     """
     fixed = exits[best]
-    at_compute = next(row for row in curve if row["budget"] == fixed["dev_cost"])
-    best_oracle = min(row["wer"] for row in oracle if row["cost"] <= fixed["cost"] + 1e-12)
+
+    def at_budget(row) -> tuple[dict[str, Any], float]:
+        """The rule's row within the compute of a fixed exit, and the oracle's WER."""
+        own = next(point for point in curve if point["budget"] == row["dev_cost"])
+        return own, min(p["wer"] for p in oracle if p["cost"] <= row["cost"] + 1e-12)
+
+    at_compute, best_oracle = at_budget(fixed)
+    everywhere = [(row["wer"], *at_budget(row)) for row in exits]
+    all_budgets = {
+        "closed": _share(
+            sum(wer - own["wer"] for wer, own, _ in everywhere),
+            sum(wer - oracle_wer for wer, _, oracle_wer in everywhere),
+        )
+    }
     chosen = chosen_exits(rule, float(at_compute["threshold"]), test.rules[rule])
     paired = paired_bootstrap(test.results[best], mixed(test, chosen))
     equal_compute = {
@@ -166,14 +164,14 @@ def _gaps(rule, best, exits, oracle, curve, dev, test, tuned) -> dict[str, Any]:
     try:
         at_wer = tuned(rule, target_wer=fixed["dev_wer"])
     except InputError:  # no threshold is as good as the best fixed exit
-        return {"equal_compute": equal_compute, "equal_wer": None}
+        return {"equal_compute": equal_compute, "equal_wer": None, "all_budgets": all_budgets}
     cheapest = min(row["cost"] for row in oracle if row["wer"] <= fixed["wer"] + 1e-12)
     equal_wer = {
         **{key: at_wer[key] for key in ("threshold", "cost", "wer", "mean_exit")},
         "oracle_cost": cheapest,
         "closed": _share(fixed["cost"] - at_wer["cost"], fixed["cost"] - cheapest),
     }
-    return {"equal_compute": equal_compute, "equal_wer": equal_wer}
+    return {"equal_compute": equal_compute, "equal_wer": equal_wer, "all_budgets": all_budgets}
 
 
 def mixed(scores: ExitScores, exits: np.ndarray) -> WerResult:

@@ -18,7 +18,7 @@ from edgespeech.evaluation.drawing import (
 )
 
 PURPLE, SKY = "#CC79A7", "#56B4E9"  # two more of Okabe and Ito's palette
-_LINES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"))
+_LINES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"))
 _RULE_COLOURS = (BLUE, ORANGE, GREEN, SKY, PURPLE, RED)
 
 
@@ -29,7 +29,7 @@ def wer_against_layer(path: str | Path, models: Sequence[Mapping[str, Any]], not
     """
     figure, axes = new_figure(1, 1, height=4.0)
     axis = axes[0, 0]
-    values = []
+    values, ticks = [], set()
     for index, model in enumerate(models):
         layers = np.array([row["layer"] for row in model["exits"]], float)
         wer = 100 * np.array([row["wer"] for row in model["exits"]])
@@ -41,8 +41,9 @@ def wer_against_layer(path: str | Path, models: Sequence[Mapping[str, Any]], not
             capsize=3, label=model["name"],
         )  # fmt: skip
         values.append(wer)
+        ticks |= set(layers)
     choose_scale(axis, np.concatenate(values))
-    axis.set(xlabel="layer of the exit", ylabel="WER, %", xticks=layers)
+    axis.set(xlabel="layer of the exit", ylabel="WER, %", xticks=sorted(ticks))
     axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize=8)
     figure.suptitle(f"Word error rate of every exit, {note}")

@@ -6,7 +6,7 @@ either started or not.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,6 @@ from edgespeech.inference.exit_criteria import (
     exit_score,
     exits_agreeing,
     greedy_tokens,
-    layer_similarity,
-    mean_entropy,
-    mean_max_probability,
 )
 from edgespeech.inference.exit_policy import CALIBRATED, ExitPolicy, PolicyRule, passes
 from edgespeech.inference.exit_predictor import FEATURES, exit_features, leave_probability
@@ -78,6 +75,10 @@ class _Decision(NamedTuple):
     leaves: Bool[Array, "b"]
 
 
+# What a segment gives.
+_Step: TypeAlias = tuple[_Progress, _Decision]
+
+
 class _Limit(NamedTuple):
     """What a segment's score is made with and compared to.
 
@@ -120,20 +121,14 @@ def _start(model: ExitModel, audio: Audio, audio_lengths: Lengths) -> _Progress:
 
 def _segment(
     block, head, rule: PolicyRule, n_best: int, limit: _Limit, progress: _Progress
-) -> tuple[_Progress, _Decision]:
+) -> _Step:
     before, lengths = progress.x, progress.lengths
     after = block(before, lengths)
     logits = head(after, lengths)
     tokens = greedy_tokens(logits, lengths)
     agreeing = exits_agreeing(tokens, progress.tokens, progress.agreeing)
     if rule == CALIBRATED:
-        features = exit_features(
-            mean_entropy(logits, lengths),
-            mean_max_probability(logits, lengths),
-            layer_similarity(before, after, lengths),
-            agreeing,
-            lengths,
-        )
+        features = exit_features(before, after, logits, lengths, tokens, progress.tokens, agreeing)
         score = leave_probability(limit.weights, limit.bias, features)
     else:
         score = exit_score(rule, before, after, logits, lengths, agreeing, n_best)
@@ -148,16 +143,25 @@ class EarlyExit:
     and the next multiple of 32 frames, so that few shapes are compiled; exact padding makes this the same for each
     utterance as being alone. Segments of equal structure share one compilation.
 
+    With `lookahead=1` the next segment is enqueued before that vector is read, so that the device does not wait for the
+    host between segments. Exits and transcripts are the same. What is wasted is one segment at most: an utterance that
+    leaves at an exit has the next segment computed for nothing; it does not wait for it, the next utterance does. One
+    that takes the last exit allowed wastes nothing. It is for utterances that mostly go on.
+
     Args:
         model: with exits; its variables are those of now.
         policy: when to leave.
+        lookahead: segments started before it is known whether anyone needs them, 0 or 1.
 
     Raises:
-        InputError: the policy's predictor is for another number of exits.
+        InputError: the policy's predictor is for another number of exits, or lookahead is neither 0 nor 1.
     """
 
-    def __init__(self, model: ExitModel, policy: ExitPolicy):
+    def __init__(self, model: ExitModel, policy: ExitPolicy, lookahead: int = 0):
+        if lookahead not in (0, 1):
+            raise InputError(f"lookahead is {lookahead}: choose 0 or 1 segment")
         self.policy = policy
+        self.lookahead = lookahead
         self.num_exits = len(model.blocks)
         self._limits = _limits(policy, self.num_exits)
         merge, self._leaves = _take_apart(model)
@@ -185,12 +189,14 @@ class EarlyExit:
         last = _checked_exit(max_exit, self.num_exits)
         progress = self._embed(self._leaves, audio, audio_lengths)
         b = len(progress.x)
+        step = self._run(1, progress)
         rows = np.arange(b)  # the utterance in each row; -1: filler, or one that has left
         finished: list[tuple[int, np.ndarray, Array, Array]] = []
         lengths = None
         for exit in range(1, last + 1):
-            program, weights = self._segments[exit - 1]
-            progress, decision = program(weights, self._limits[exit - 1], progress)
+            # Enqueued, and perhaps never waited for.
+            ahead = self._run(exit + 1, step[0]) if self.lookahead and exit < last else None
+            progress, decision = step
             leaves = np.ones(len(rows), bool) if exit == last else np.asarray(decision.leaves)
             finished.append((exit, np.where(leaves, rows, -1), progress.tokens, decision.score))
             rows = np.where(leaves, -1, rows)
@@ -199,8 +205,14 @@ class EarlyExit:
                 break
             if lengths is None:  # read once, when the device has got here in any case
                 lengths = np.asarray(progress.lengths)
-            rows, progress = _regroup(rows, survivors, lengths, progress)
+            rows, step = _regroup(rows, survivors, lengths, ahead or step)
+            if ahead is None:
+                step = self._run(exit + 1, step[0])
         return _collect(finished, b)
+
+    def _run(self, exit: int, progress: _Progress) -> _Step:
+        program, weights = self._segments[exit - 1]
+        return program(weights, self._limits[exit - 1], progress)
 
 
 # Segments of equal structure share a program. It is looked up once: hashing a structure takes longer than a start.
@@ -222,24 +234,27 @@ def _take_apart(model: Any) -> tuple[Callable[[list[Array]], Any], list[Array]]:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _gather(progress: _Progress, index: Int[Array, "k"], frames: int, real: Bool[Array, "k"]):
-    x, lengths, tokens, agreeing = (jnp.take(leaf, index, axis=0) for leaf in progress)
-    return _Progress(x[:, :frames], jnp.where(real, lengths, 0), tokens[:, :frames], agreeing)
+def _gather(step: _Step, index: Int[Array, "k"], frames: int, real: Bool[Array, "k"]) -> _Step:
+    (x, lengths, tokens, agreeing), decision = jax.tree.map(
+        lambda leaf: jnp.take(leaf, index, axis=0), step
+    )
+    lengths = jnp.where(real, lengths, 0)
+    return _Progress(x[:, :frames], lengths, tokens[:, :frames], agreeing), decision
 
 
 def _regroup(
-    rows: np.ndarray, survivors: np.ndarray, lengths: np.ndarray, progress: _Progress
-) -> tuple[np.ndarray, _Progress]:
+    rows: np.ndarray, survivors: np.ndarray, lengths: np.ndarray, step: _Step
+) -> tuple[np.ndarray, _Step]:
     """The survivors in the next bucket; the same batch where that is no smaller."""
-    b, n = progress.x.shape[:2]
+    b, n = step[0].x.shape[:2]
     size = min(b, 1 << (len(survivors) - 1).bit_length())
     longest = int(lengths[rows[survivors]].max())
     frames = min(n, max(1, -(-longest // FRAME_MULTIPLE)) * FRAME_MULTIPLE)
     if (size, frames) == (b, n):
-        return rows, progress
+        return rows, step
     index = np.resize(survivors, size)
     real = np.arange(size) < len(survivors)
-    return np.where(real, rows[index], -1), _gather(progress, index, frames, real)
+    return np.where(real, rows[index], -1), _gather(step, index, frames, real)
 
 
 def _collect(finished, b: int) -> ExitResult:

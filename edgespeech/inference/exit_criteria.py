@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from edgespeech.ops.ctc import BLANK, ctc_log_probs, greedy_path
-from edgespeech.ops.ctc_nbest import ctc_nbest_scores
+from edgespeech.ops.ctc_beam import ctc_beam_search
+from edgespeech.ops.edit_distance import edit_distance
 from edgespeech.ops.mask import mask_from_lengths, masked_mean, zero_padding
 from edgespeech.types import Array, Float, Frames, Int, Lengths, Logits
 
@@ -39,13 +40,22 @@ def mean_max_probability(logits: Logits, lengths: Lengths) -> Float[Array, "b"]:
     return masked_mean(jnp.exp(jnp.max(log_probs, axis=-1)), mask, axis=1)[:, 0]
 
 
+def mean_label_probability(logits: Logits, lengths: Lengths) -> Float[Array, "b"]:
+    """`mean_i (1 - p_i,blank)` over valid frames: how much of the time is labelled; 0 without frames."""
+    log_probs, mask = _valid_log_probs(logits, lengths)
+    return masked_mean(-jnp.expm1(log_probs[..., BLANK])[..., None], mask[..., None], axis=1)[
+        :, 0, 0
+    ]
+
+
 def nbest_posterior(logits: Logits, lengths: Lengths, n_best: int) -> Float[Array, "b"]:
     """`exp(s_1) / sum_k exp(s_k)`, s the log probabilities of the n_best label sequences of a beam as wide.
 
     With n_best = 1 it is 1 for everything.
     """
     log_probs, _ = _valid_log_probs(logits, lengths)
-    return jax.nn.softmax(ctc_nbest_scores(log_probs, lengths, n_best), axis=-1)[:, 0]
+    scores = ctc_beam_search(log_probs, lengths, n_best).scores
+    return jax.nn.softmax(scores, axis=-1)[:, 0]
 
 
 def layer_similarity(before: Frames, after: Frames, lengths: Lengths) -> Float[Array, "b"]:
@@ -81,6 +91,22 @@ def exits_agreeing(
     """
     same = jnp.all(tokens == previous_tokens, axis=1) & (previous > 0)
     return jnp.where(same, previous + 1, 1)
+
+
+def transcript_change(
+    tokens: Int[Array, "b n"], previous_tokens: Int[Array, "b n"]
+) -> Float[Array, "b"]:
+    """Edit distance of the greedy transcripts of an exit and of the one before, by the longer's labels: 0 to 1.
+
+    0 where both are empty. Before the first exit the transcript is empty: what says something changes by 1 there.
+
+    Args:
+        tokens: from `greedy_tokens`.
+        previous_tokens: of the exit before.
+    """
+    now, before = (jnp.sum(t != BLANK, axis=1, dtype=jnp.int32) for t in (tokens, previous_tokens))
+    distance = edit_distance(tokens, now, previous_tokens, before)
+    return distance / jnp.maximum(jnp.maximum(now, before), 1)
 
 
 def exit_score(

@@ -238,7 +238,7 @@ def load_policy(folder: str | Path) -> ExitPolicy:
         raise InputError(f"{path} is missing: tune a threshold and save it first") from error
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} is not a saved exit policy ({error!r}): save it again") from error
 
 

@@ -3,11 +3,25 @@
     p_m = sigmoid(w_m . x_m + b_m)      the probability that no deeper exit has fewer word errors than exit m
 
 The oracle leaves at the first exit of which that is true; the rule `calibrated` at the first one whose p_m is at or
-above a threshold. The features x cost a few sums over frames and the regression a dot product, so the rule stays on
-the device.
+above a threshold. The features x are sums over frames and one edit distance, and the regression is a dot product, so
+the rule stays on the device.
+
+| feature | of an exit |
+|---|---|
+| `log_entropy` | log of the mean entropy of a frame |
+| `log_doubt` | log of 1 - the mean of a frame's largest probability |
+| `similarity` | mean cosine of the block's input and output |
+| `agrees` | 1 if the transcript is that of the exit before |
+| `log_frames` | log of the number of frames |
+| `change` | edit distance to the transcript of the exit before, by the longer's labels |
+| `log_labelled` | log of the mean probability that a frame is not blank |
+
+Logarithms, because their sums are logarithms of totals: `log_entropy + log_frames` is that of an utterance, and
+`log_entropy - log_labelled` that of a labelled frame.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +31,28 @@ import numpy as np
 
 from edgespeech.data.corpus import write_atomically
 from edgespeech.errors import InputError
-from edgespeech.types import Array, Bool, Float
+from edgespeech.inference.exit_criteria import (
+    exits_agreeing,
+    greedy_tokens,
+    layer_similarity,
+    mean_entropy,
+    mean_label_probability,
+    mean_max_probability,
+    transcript_change,
+)
+from edgespeech.types import Array, Bool, Float, Frames, Int, Lengths, Logits
 
 FORMAT = 1
 FILE_NAME = "exit_predictor.json"
-FEATURES = ("log_entropy", "log_doubt", "similarity", "agrees", "log_frames")
+FEATURES = (
+    "log_entropy",
+    "log_doubt",
+    "similarity",
+    "agrees",
+    "log_frames",
+    "change",
+    "log_labelled",
+)
 TINY = 1e-6  # keeps the logarithms finite
 MOST_STEPS = 100
 
@@ -38,26 +69,52 @@ class ExitPredictor(NamedTuple):
     bias: np.ndarray
 
 
-def exit_features(entropy, max_probability, similarity, agreeing, frames) -> Float[Array, "... f"]:
-    """The features of an exit, in the order of `FEATURES`, from scores of `exit_criteria`; on the device or off it.
-
-    Entropy, `1 - max_probability` and length are logarithms: their sums are logarithms of totals over an utterance.
+def exit_features(
+    before: Frames,
+    after: Frames,
+    logits: Logits,
+    lengths: Lengths,
+    tokens: Int[Array, "b n"],
+    previous_tokens: Int[Array, "b n"],
+    agreeing: Int[Array, "b"],
+) -> Float[Array, "b f"]:
+    """The features of an exit, in the order of `FEATURES`.
 
     Args:
-        entropy: `[...]`, nats per frame.
-        max_probability: `[...]`, in [0, 1].
-        similarity: `[...]`, a cosine.
-        agreeing: `[...]`, the score of the rule `patience`; the feature is 1 where it is 2 or more.
-        frames: valid frames; of a shape that goes with the others.
+        before: `[b n d]`, input of the exit's block.
+        after: `[b n d]`, its output.
+        logits: `[b n v]` of the exit.
+        lengths: `[b]`.
+        tokens: of the exit, from `greedy_tokens`.
+        previous_tokens: of the exit before; blanks at the first one.
+        agreeing: `[b]`, from `exits_agreeing`.
     """
     columns = (
-        jnp.log(jnp.asarray(entropy) + TINY),
-        jnp.log(jnp.maximum(1.0 - jnp.asarray(max_probability), 0.0) + TINY),
-        jnp.asarray(similarity),
-        (jnp.asarray(agreeing) >= 2).astype(jnp.float32),
-        jnp.log(jnp.maximum(jnp.asarray(frames, jnp.float32), 1.0)),
+        jnp.log(mean_entropy(logits, lengths) + TINY),
+        jnp.log(jnp.maximum(1.0 - mean_max_probability(logits, lengths), 0.0) + TINY),
+        layer_similarity(before, after, lengths),
+        (agreeing >= 2).astype(jnp.float32),
+        jnp.log(jnp.maximum(lengths.astype(jnp.float32), 1.0)),
+        transcript_change(tokens, previous_tokens),
+        jnp.log(mean_label_probability(logits, lengths) + TINY),
     )
-    return jnp.stack(jnp.broadcast_arrays(*columns), axis=-1)
+    return jnp.stack(columns, axis=-1)
+
+
+def all_exit_features(
+    embedded: Frames, hidden: Sequence[Frames], exit_logits: Sequence[Logits], lengths: Lengths
+) -> Float[Array, "e b f"]:
+    """The features of every exit, from a pass through the whole model; arguments as of `all_exit_scores`."""
+    tokens = jnp.zeros(embedded.shape[:2], jnp.int32)
+    agreeing = jnp.zeros(lengths.shape, jnp.int32)
+    features = []
+    for before, after, logits in zip((embedded, *hidden), hidden, exit_logits, strict=False):
+        previous_tokens, tokens = tokens, greedy_tokens(logits, lengths)
+        agreeing = exits_agreeing(tokens, previous_tokens, agreeing)
+        features.append(
+            exit_features(before, after, logits, lengths, tokens, previous_tokens, agreeing)
+        )
+    return jnp.stack(features)
 
 
 def leave_probability(
@@ -157,7 +214,7 @@ def save_predictor(folder: str | Path, predictor: ExitPredictor) -> None:
 
 
 def load_predictor(folder: str | Path) -> ExitPredictor:
-    """Reads what `save_predictor` wrote.
+    """Reads what `save_predictor` wrote; a feature that an older file does not know has weight 0.
 
     Raises:
         InputError: the file is missing or damaged, or is about other features.
@@ -165,15 +222,20 @@ def load_predictor(folder: str | Path) -> ExitPredictor:
     path = Path(folder) / FILE_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT or content["features"] != list(FEATURES):
-            raise ValueError(f"format {content['format']}, features {content['features']}")
-        weights, bias = np.array(content["weights"], float), np.array(content["bias"], float)
-        if weights.shape != (len(bias), len(FEATURES)):
-            raise ValueError(f"weights of shape {weights.shape} for {len(bias)} exits")
+        names = content["features"]
+        if content["format"] != FORMAT or not set(names) <= set(FEATURES):
+            raise ValueError(f"format {content['format']}, features {names}")
+        saved, bias = np.array(content["weights"], float), np.array(content["bias"], float)
+        if saved.shape != (len(bias), len(names)):
+            raise ValueError(f"weights of shape {saved.shape} for {len(bias)} exits")
+        if not (np.isfinite(saved).all() and np.isfinite(bias).all()):
+            raise ValueError("weights that are not finite")
+        weights = np.zeros((len(bias), len(FEATURES)))
+        weights[:, [FEATURES.index(name) for name in names]] = saved
         return ExitPredictor(weights, bias)
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: fit a predictor and save it first") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{path} is not a saved exit predictor ({error!r}): save it again"
         ) from error

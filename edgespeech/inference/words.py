@@ -20,11 +20,20 @@ class TextTokenizer(Protocol):
 
 
 class Word(NamedTuple):
-    """A word and its time in seconds from the start of the recording."""
+    """A word and its time.
+
+    Attributes:
+        text: without spaces.
+        start: s from the start of the recording or stream, at the first frame of its first token.
+        end: s, after the last labelled frame of its last token.
+        stability: 1 for a final word. For the open one of a stream, the model's probability in the newest frame that
+            its text does not go on: of the blank, or of a token that begins another word.
+    """
 
     text: str
     start: float
     end: float
+    stability: float = 1.0
 
 
 def token_texts(tokenizer: TextTokenizer) -> tuple[str, ...]:

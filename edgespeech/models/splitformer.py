@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from edgespeech.errors import InputError
+from edgespeech.nn.branch_execution import BranchExecution, run_with_branch
 from edgespeech.nn.conformer import ConformerLayer, Positions, add_sinusoids
 from edgespeech.nn.exits import BiLSTMHead, LinearHead
 from edgespeech.nn.masked_norm import NormKind
@@ -133,6 +134,11 @@ class SplitformerConfig:
         ends = (0, self.num_exits - 1)
         return self.branches == "all" or (self.branches == "first_last" and index in ends)
 
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Layers before each exit, those of branches not counted."""
+        return tuple(self.layers_per_exit * m for m in range(1, self.num_exits + 1))
+
     def num_frames(self, num_samples: int) -> int:
         """Encoder frames of an utterance of so many samples at 16 kHz."""
         return MelSubsampling.num_frames(num_samples, self.front_end)
@@ -170,6 +176,7 @@ class ExitBlock(nnx.Module):
     Attributes:
         layers: applied one after another; `layers[i].mixer` is the slot for attention.
         branch: from the block's input to its output, or None.
+        execution: how layers and branch are run, see `run_with_branch`; it changes no result.
     """
 
     def __init__(self, config: SplitformerConfig, has_branch: bool, *, rngs: nnx.Rngs):
@@ -185,6 +192,7 @@ class ExitBlock(nnx.Module):
                 rngs=rngs,
             )
 
+        self.execution: BranchExecution = "sequential"
         self.layers = nnx.List(layer() for _ in range(config.layers_per_exit))
         self.branch = (
             ParallelBranch(layer(), config.width, config.downsample, config.combine)
@@ -194,15 +202,15 @@ class ExitBlock(nnx.Module):
 
     def __call__(self, x: Frames, lengths: Lengths, key: Array | None = None) -> Frames:
         """`[b n d], [b] -> [b n d]`; a key means training."""
-        keys = (None,) * (len(self.layers) + 1)
+        if self.branch is not None:
+            return run_with_branch(self.layers, self.branch, x, lengths, key, self.execution)
+        keys = (None,) * len(self.layers)
         if key is not None:
-            keys = tuple(jax.random.split(key, len(keys)))
-        h = x
-        for layer, layer_key in zip(self.layers, keys[1:], strict=True):
-            h = layer(h, lengths, layer_key)
-        if self.branch is None:
-            return h
-        return self.branch(x, h, lengths, keys[0])
+            # One more than there are layers: a block with a branch gives its layers the same keys.
+            keys = tuple(jax.random.split(key, len(keys) + 1)[1:])
+        for layer, layer_key in zip(self.layers, keys, strict=True):
+            x = layer(x, lengths, layer_key)
+        return x
 
 
 class Splitformer(nnx.Module):
@@ -232,6 +240,19 @@ class Splitformer(nnx.Module):
                 BiLSTMHead(d, config.vocab_size, config.lstm_width, rngs=rngs) for _ in self.blocks
             ]
         self.heads = nnx.List(heads)
+
+    def execute_branches(self, execution: BranchExecution) -> None:
+        """How every block runs its layers and its branch from now on, see `run_with_branch`; it is not saved.
+
+        Raises:
+            InputError: there is no such way.
+        """
+        if execution not in get_args(BranchExecution):
+            raise InputError(
+                f"branch execution is {execution!r}: choose {', '.join(get_args(BranchExecution))}"
+            )
+        for block in self.blocks:
+            block.execution = execution
 
     def embed(
         self, audio: Audio, audio_lengths: Lengths, key: Array | None = None

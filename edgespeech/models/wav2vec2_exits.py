@@ -1,5 +1,6 @@
 """A wav2vec2 encoder with early exits: a CTC head, shared or its own, after chosen layers."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -7,9 +8,79 @@ from flax import nnx
 
 from edgespeech.errors import InputError
 from edgespeech.models.splitformer import ExitOutput, run_exits
-from edgespeech.models.wav2vec2 import Wav2Vec2
+from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from edgespeech.nn.transformer import EncoderLayer
 from edgespeech.types import Array, Audio, Frames, Lengths, Logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Wav2Vec2ExitsConfig:
+    """An encoder and where it may be left.
+
+    Attributes:
+        encoder: sizes of the encoder.
+        exits: the layers, from 1, after which there is an exit, ascending; the last layer is one.
+        own_heads: a linear layer for every exit instead of one for all.
+
+    Raises:
+        InputError: exits are not ascending layers of the encoder that end with its last, or its padding is `upstream`,
+            where an utterance alone differs from one in a batch.
+    """
+
+    encoder: Wav2Vec2Config
+    exits: tuple[int, ...]
+    own_heads: bool = False
+
+    def __post_init__(self):
+        exits, last = self.exits, self.encoder.num_layers
+        if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] != last:
+            raise InputError(
+                f"exits are {exits}: give ascending layers of the encoder, from 1 to {last}"
+            )
+        if self.encoder.padding != "exact":
+            raise InputError(
+                "model.padding is 'upstream': exits regroup batches, which asks for 'exact'"
+            )
+
+    @classmethod
+    def evenly(
+        cls, encoder: Wav2Vec2Config, num_exits: int, own_heads: bool = False
+    ) -> "Wav2Vec2ExitsConfig":
+        """An exit after every so many layers: 12 layers and 6 exits make 2, 4, ..., 12 (arXiv 2309.09546).
+
+        Raises:
+            InputError: the layers cannot be parted so.
+        """
+        if num_exits < 1 or encoder.num_layers % num_exits:
+            raise InputError(
+                f"{encoder.num_layers} layers cannot be parted into {num_exits} equal groups: change one of the two"
+            )
+        each = encoder.num_layers // num_exits
+        return cls(encoder, tuple(range(each, encoder.num_layers + 1, each)), own_heads)
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Layers before each exit."""
+        return self.exits
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of every head."""
+        return self.encoder.vocab_size
+
+    @property
+    def width(self) -> int:
+        """Model width d."""
+        return self.encoder.width
+
+    @property
+    def frame_seconds(self) -> float:
+        """Duration of one encoder frame."""
+        return self.encoder.frame_seconds
+
+    def num_frames(self, num_samples: int) -> int:
+        """Encoder frames of an utterance of so many samples at 16 kHz."""
+        return self.encoder.num_frames(num_samples)
 
 
 class LayerGroup(nnx.Module):
@@ -61,28 +132,20 @@ class Wav2Vec2Exits(nnx.Module):
         own_heads: a linear layer for every exit instead of one for all.
 
     Attributes:
+        config: of the encoder, and the exits.
         encoder: the model.
         blocks: a `LayerGroup` for every exit.
         heads: a `NormHead` for every exit.
 
     Raises:
-        InputError: exits are not ascending layers of the encoder, or its padding is `upstream`, where an utterance
-            alone differs from one in a batch.
+        InputError: see `Wav2Vec2ExitsConfig`.
     """
 
     def __init__(self, encoder: Wav2Vec2, exits: Sequence[int], *, own_heads: bool = False):
         last = len(encoder.layers)
         exits = tuple(exits) if last in exits else (*exits, last)
-        if list(exits) != sorted(set(exits)) or not 1 <= exits[0] <= exits[-1] == last:
-            raise InputError(
-                f"exits are {exits}: give ascending layers of the encoder, from 1 to {last}"
-            )
-        if encoder.config.padding != "exact":
-            raise InputError(
-                "model.padding is 'upstream': exits regroup batches, which asks for 'exact'"
-            )
+        self.config = Wav2Vec2ExitsConfig(encoder.config, exits, own_heads)
         self.encoder = encoder
-        self.exits = exits
         norm = encoder.norm if encoder.config.norm_first else None
         starts = (0, *exits[:-1])
         self.blocks = nnx.List(
@@ -90,6 +153,12 @@ class Wav2Vec2Exits(nnx.Module):
         )
         outputs = [nnx.clone(encoder.head) if own_heads else encoder.head for _ in exits[:-1]]
         self.heads = nnx.List(NormHead(norm, output) for output in (*outputs, encoder.head))
+
+    @classmethod
+    def create(cls, config: Wav2Vec2ExitsConfig, *, rngs: nnx.Rngs) -> "Wav2Vec2Exits":
+        """A new encoder with its exits."""
+        encoder = Wav2Vec2(config.encoder, rngs=rngs)
+        return cls(encoder, config.exits, own_heads=config.own_heads)
 
     def embed(
         self, audio: Audio, audio_lengths: Lengths, key: Array | None = None

@@ -16,9 +16,9 @@ import numpy as np
 
 from edgespeech.errors import InputError
 from edgespeech.ops.ctc import BLANK, ctc_log_probs
-from edgespeech.ops.ctc_nbest import IMPOSSIBLE
 from edgespeech.types import Array, Bool, Float, Int, Lengths, Logits
 
+IMPOSSIBLE = -1e30  # log probability; finite, so that sums of two stay so
 # Prefixes are told apart by two 32-bit polynomial hashes.
 _FACTORS = (0x9E3779B1, 0x85EBCA77)
 

@@ -6,11 +6,12 @@ import jiwer
 import numpy as np
 import pytest
 
-from edgespeech.evaluation.exit_curves import PRICES, analyse, features_of
+from edgespeech.evaluation.exit_curves import PRICES, analyse
 from edgespeech.evaluation.exit_plots import wer_against_compute, wer_against_layer
+from edgespeech.evaluation.exit_report import _gaps
 from edgespeech.evaluation.exit_scores import ExitScores, load_exit_scores, save_exit_scores
 from edgespeech.evaluation.wer import score
-from edgespeech.inference.exit_predictor import exit_probabilities
+from edgespeech.inference.exit_predictor import FEATURES, exit_probabilities
 from edgespeech.models.exit_macs import exit_macs
 from tests.support.tiny_exits import exit_config
 
@@ -41,7 +42,9 @@ def random_scores(seed: int, u: int = 24) -> ExitScores:
     }
     samples = rng.integers(3000, 9000, size=u)
     frames = np.array([CONFIG.num_frames(int(s)) for s in samples])
-    return ExitScores(tuple(results), rules, frames, samples)
+    features = rng.normal(size=(3, u, len(FEATURES)))
+    features[..., 0] = np.log(rules["entropy"])
+    return ExitScores(tuple(results), rules, features, frames, samples)
 
 
 DEV, TEST = random_scores(1), random_scores(2)
@@ -68,7 +71,7 @@ def plain_exits(rule: str, threshold: float, values) -> list[int]:
 
 def values_of(scores: ExitScores, rule: str) -> np.ndarray:
     if rule == "calibrated":
-        return exit_probabilities(PREDICTOR, features_of(scores))
+        return exit_probabilities(PREDICTOR, scores.features)
     return scores.rules[rule]
 
 
@@ -140,6 +143,14 @@ def test_gaps():
         assert found["ci"][0] <= found["difference"] <= found["ci"][1]
         closed = (fixed["wer"] - row["wer"]) / (fixed["wer"] - oracle_wer)
         assert found["closed"] == pytest.approx(closed)
+        won = possible = 0.0
+        for exit in REPORT["exits"]:
+            row = next(r for r in REPORT["curves"][rule] if r["budget"] == exit["dev_cost"])
+            won += exit["wer"] - row["wer"]
+            possible += exit["wer"] - min(
+                r["wer"] for r in REPORT["oracle"] if r["cost"] <= exit["cost"]
+            )
+        assert gap["all_budgets"]["closed"] == pytest.approx(won / possible)
         found = gap["equal_wer"]
         dev = values_of(DEV, rule)
         points = [
@@ -157,6 +168,47 @@ def test_gaps():
     assert 0 < reached < len(RULES) + 1
 
 
+def known_scores(seed: int, u: int = 200) -> ExitScores:
+    """Each utterance is right at one exit alone: 30 % at the first, 30 % at the second, 40 % at the last.
+
+    The first exit's share of labelled frames and the second one's change of the transcript tell which; all else is
+    noise.
+    """
+    rng = np.random.default_rng(seed)
+    right = rng.permutation(np.repeat([0, 1, 2], [u * 3 // 10, u * 3 // 10, u * 4 // 10]))
+    ids = [f"{seed}-{row}" for row in range(u)]
+    texts = [["A B C D" if r == m else "A X D" for r in right] for m in range(3)]
+    results = tuple(score(ids, ["A B C D"] * u, heard) for heard in texts)
+    features = rng.normal(size=(3, u, len(FEATURES)))
+    features[0, :, FEATURES.index("log_labelled")] = np.where(right == 0, -0.5, -1.5)
+    features[1, :, FEATURES.index("change")] = np.where(right == 2, 0.4, 0.0)
+    rules = {rule: rng.uniform(1, 2, size=(3, u)) for rule in RULES}
+    samples = np.full(u, 6000)
+    return ExitScores(results, rules, features, CONFIG.num_frames(6000) + 0 * samples, samples)
+
+
+def test_a_rule_that_sees_what_matters_closes_the_gap_for_other_speakers():
+    dev, test = known_scores(1), known_scores(2)
+    report, _ = analyse(CONFIG, dev, test)
+    assert report["best_fixed"] == 3
+    assert report["exits"][2]["wer"] == pytest.approx(0.6 * 2 / 4)
+    found = report["gaps"]["calibrated"]["equal_compute"]
+    assert found["oracle_wer"] == 0.0
+    # The oracle's exits but for a few utterances: the threshold is one of dev's scores.
+    assert 0.95 < found["closed"] <= 1.0
+    assert found["mean_exit"] == pytest.approx(0.3 * 1 + 0.3 * 2 + 0.4 * 3, abs=0.05)
+    assert found["cost"] < 0.75
+    for rule in RULES:
+        assert report["gaps"][rule]["equal_compute"]["closed"] < 0.5
+    # Without the two features it is as blind as the others.
+    blind = [scores._replace(features=scores.features[..., :5]) for scores in (dev, test)]
+    report_blind, _ = analyse(CONFIG, *blind)
+    assert report_blind["gaps"]["calibrated"]["equal_compute"]["closed"] < 0.5
+    text = _gaps(report | {"name": "model"}, "")
+    assert f"| calibrated | {100 * found['wer']:.2f} % at" in text
+    assert "At least half of the WER gap at its compute is closed by: calibrated." in text
+
+
 def test_equal_exits_have_no_gap():
     same = TEST._replace(results=(TEST.results[1],) * 3)
     report, _ = analyse(CONFIG, DEV._replace(results=(DEV.results[1],) * 3), same)
@@ -164,6 +216,7 @@ def test_equal_exits_have_no_gap():
     for rule in (*RULES, "calibrated"):
         assert report["gaps"][rule]["equal_compute"]["closed"] is None
         assert report["gaps"][rule]["equal_wer"]["closed"] is None
+        assert report["gaps"][rule]["all_budgets"]["closed"] is None
 
 
 def test_scores_round_trip(tmp_path):
@@ -176,7 +229,11 @@ def test_scores_round_trip(tmp_path):
     for rule in RULES:
         np.testing.assert_array_equal(found.rules[rule], TEST.rules[rule])
     np.testing.assert_array_equal(found.samples, TEST.samples)
+    np.testing.assert_array_equal(found.features, TEST.features)
     np.testing.assert_array_equal(found.frames, TEST.frames)
+    # Scores of a version that knew fewer features are made again.
+    save_exit_scores(tmp_path, "model_dev", TEST._replace(features=TEST.features[..., :5]))
+    assert load_exit_scores(tmp_path, "model_dev") is None
 
 
 def test_plots(tmp_path):

@@ -10,7 +10,9 @@ import sys
 
 import pytest
 
+from edgespeech.inference.exit_budget import exit_compute
 from tests.support.tiny import ROOT
+from tests.support.tiny_exits import exit_model
 
 # Runs the program for several lists of arguments up to the first model with replaced layers.
 DRIVER = """
@@ -46,6 +48,14 @@ sizes = dict(width=16, num_layers=1, num_heads=2, ffn_width=16, front_channels=8
 config = Wav2Vec2Config(**sizes, position_kernel=8, position_groups=2)
 latency.MODELS["tiny"] = TimedWav2Vec2(config)
 latency.peak_memory_mb = lambda load, audio: 1.0 * len(audio)
+program.main(latency.experiment)
+"""
+# Runs the program on a model with exits that takes no time.
+SMALL_EXITS = """
+from experiments import latency, latency_exits, program
+from tests.support.tiny_exits import exit_model
+
+latency_exits.EXIT_MODELS["splitformer_tiny"] = exit_model
 program.main(latency.experiment)
 """
 REFUSED = [
@@ -214,3 +224,34 @@ def test_peers_in_results_ratios_and_table(tmp_path):
     assert ["0", "0.25", *(f"{ratio:.2f}" for ratio in ratios.values())] in lines
     assert "note:" not in done.stdout
     assert "Parts of" not in done.stdout
+
+
+def test_exits_and_branches_on_two_devices(tmp_path):
+    file = tmp_path / "exits.json"
+    flags = ["--model=splitformer_tiny", "--seconds=0.3", "--repeats=1", f"--json={file}"]
+    options = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_EXITS, *flags],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": options},
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert [row["exit"] for row in result["exits"]] == [1, 2, 3]
+    macs = exit_compute(exit_model(), 0.3)
+    want = [(macs[1] - macs[0]) / macs[2], (macs[2] - macs[1]) / macs[2], 0.0]
+    assert [row["lookahead_waste"] for row in result["exits"]] == pytest.approx(want)
+    assert [row["exit"] for row in result["branches"]] == [1, 3]
+    for row in result["branches"]:
+        assert row["sharded_ms"] > 0
+        alone = row["layers_ms"] + row["branch_ms"]
+        assert row["hidden"] == pytest.approx((alone - row["sequential_ms"]) / row["branch_ms"])
+        line = [f"{row[name]:.2f}" for name in ("layers_ms", "branch_ms", "sequential_ms")]
+        assert all(cell in done.stdout for cell in line)
+    last = result["exits"][-1]
+    for name, ms in (("segmented", last["median_ms"]), ("lookahead", last["lookahead_ms"])):
+        ratio = result["full_depth"]["0.3"][f"{name}_over_whole"]
+        assert ratio == pytest.approx(ms / last["whole_ms"])
+        assert f"{ratio:.3f}" in done.stdout

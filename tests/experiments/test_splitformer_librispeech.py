@@ -15,13 +15,13 @@ from safetensors.numpy import load_file
 from edgespeech.data.folder import FolderCorpus
 from edgespeech.data.tokenizer import ctc_collapse
 from edgespeech.inference.exit_policy import load_policy
-from edgespeech.inference.exit_predictor import load_predictor
+from edgespeech.inference.exit_predictor import FEATURES, load_predictor
 from edgespeech.interop.pretrained import load_pretrained
 from edgespeech.models.exit_macs import exit_macs
 from tests.support.tiny import ROOT, ToneCorpus, write_librispeech
 
 PROGRAM = "experiments.splitformer_librispeech"
-NAMES = ("ee_baseline", "splitformer")
+NAMES = ("ee_baseline", "splitformer", "wav2vec2")
 SIZES = {
     "width": 8,
     "num_exits": 2,
@@ -30,13 +30,32 @@ SIZES = {
     "conv_kernel": 3,
     "num_mels": 20,
 }
+ENCODER_SIZES = {
+    "width": 8,
+    "num_layers": 4,
+    "num_heads": 1,
+    "ffn_width": 8,
+    "num_mels": 20,
+    "front_channels": 8,
+    "conv_blocks": 0,
+    "position_kernel": 3,
+    "position_groups": 8,
+}
 FLAGS = [
+    f"--models={','.join(NAMES)}",
+    "--exit_heads=own",
     *(f"--model.{name}={value}" for name, value in SIZES.items()),
+    *(f"--wav2vec2.{name}={value}" for name, value in ENCODER_SIZES.items()),
     *("--steps=4", "--save_every=2", "--n_best=2", "--data=folder", "--tokenizer=char"),
     *("--batch.batch_seconds=2.3", "--batch.num_buckets=1", "--batch.speed_factors=1"),
 ]
 REFUSED = [
-    (["--models=tiny"], "--models holds 'tiny': choose from ee_baseline, splitformer, all_exits"),
+    (
+        ["--models=tiny"],
+        "--models holds 'tiny': choose from ee_baseline, splitformer, all_exits, wav2vec2",
+    ),
+    (["--wav2vec2.num_layers=5"], "5 layers cannot be parted into 2 equal groups"),
+    (["--wav2vec2.width=9"], "--wav2vec2.*: model.position_groups is 8"),
     (["--models=splitformer,splitformer"], "--models holds 'splitformer': choose"),
     (["--models="], "--models is empty"),
     (["--model.num_exits=1"], "--model.num_exits=1 leaves nothing to choose"),
@@ -147,29 +166,37 @@ def test_points_of_the_curves_are_those_of_scores_and_thresholds(runs):
 
 def test_models_are_on_equal_terms_and_compared(runs):
     report = read_report(runs.whole)
-    baseline, splitformer = report["models"]
-    assert (baseline["placement"], splitformer["placement"]) == ("none", "first_last")
+    baseline, splitformer, wav2vec2 = report["models"]
+    assert (baseline["config"]["branches"], splitformer["config"]["branches"]) == (
+        "none",
+        "first_last",
+    )
     same = {k: v for k, v in baseline["config"].items() if k != "branches"}
     assert same == {k: v for k, v in splitformer["config"].items() if k != "branches"}
-    assert baseline["steps"] == splitformer["steps"] == 4
+    assert baseline["steps"] == splitformer["steps"] == wav2vec2["steps"] == 4
+    assert wav2vec2["config"]["exits"] == [2, 4]
+    assert wav2vec2["config"]["own_heads"] is True
+    assert [row["layer"] for row in wav2vec2["exits"]] == [2, 4]
     # A branch has the parameters of a layer, and there are as many branches as blocks of one layer.
     width, vocabulary, mels = 8, 29, 20
     outside = 3 * (mels + width) * width + 2 * width + 2 * (width + 1) * vocabulary
     layers = baseline["parameters"] - outside
     assert splitformer["parameters"] - outside == 2 * layers
-    for row, a, b in zip(
-        report["differences"], baseline["exits"], splitformer["exits"], strict=True
-    ):
-        assert (row["model"], row["exit"]) == ("splitformer", a["exit"])
-        assert row["difference"] == pytest.approx(b["wer"] - a["wer"])
+    rows = iter(report["differences"])
+    for other in (splitformer, wav2vec2):
+        for a, b, row in zip(baseline["exits"], other["exits"], rows, strict=False):
+            assert (row["model"], row["exit"]) == (other["name"], a["exit"])
+            assert row["difference"] == pytest.approx(b["wer"] - a["wer"])
+    assert len(report["differences"]) == 4
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_models_are_those_that_were_scored(runs, name):
     model, tokenizer, about = load_pretrained(runs.whole / name)
     assert about == {"data": "folder", "steps": 4, "model": name}
-    norm = model.blocks[0].layers[0].conv.middle_norm
-    assert np.abs(norm.running_mean[...]).max() > 0  # moved by training
+    if name != "wav2vec2":
+        norm = model.blocks[0].layers[0].conv.middle_norm
+        assert np.abs(norm.running_mean[...]).max() > 0  # moved by training
     corpus = FolderCorpus(runs.root / "data", "test", cache_dir=runs.root / "cache")
     audio = corpus.audio(0)
     output = model(audio[None], np.array([len(audio)]))
@@ -198,7 +225,7 @@ def test_policy_and_predictor_are_saved_with_the_model(runs, name):
     policy = load_policy(runs.whole / name)
     assert (policy.rule, policy.threshold) == min(rows)[2:]
     assert policy.n_best == 2
-    assert load_predictor(runs.whole / name).weights.shape == (1, 5)
+    assert load_predictor(runs.whole / name).weights.shape == (1, len(FEATURES))
 
 
 def test_resumed_run_equals_the_unbroken_one(runs):

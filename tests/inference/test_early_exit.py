@@ -12,7 +12,7 @@ from edgespeech.errors import InputError
 from edgespeech.inference.early_exit import EarlyExit, SingleProgramEarlyExit
 from edgespeech.inference.exit_criteria import ExitRule, all_exit_scores
 from edgespeech.inference.exit_policy import ExitPolicy, chosen_exits, exit_for_budget
-from edgespeech.inference.exit_predictor import ExitPredictor
+from edgespeech.inference.exit_predictor import FEATURES, ExitPredictor, all_exit_features
 from edgespeech.models.exit_macs import exit_macs
 from tests.support.tiny_exits import exit_audio, exit_model
 
@@ -34,7 +34,8 @@ def traces():
     def run(state, audio, lengths):
         out = nnx.merge(graphdef, state)(audio, lengths)
         passed = out.embedded, out.hidden, out.exit_logits, out.lengths
-        return {rule: all_exit_scores(rule, *passed, N_BEST) for rule in get_args(ExitRule)}
+        traces = {rule: all_exit_scores(rule, *passed, N_BEST) for rule in get_args(ExitRule)}
+        return traces | {"features": all_exit_features(*passed)}
 
     graphdef, state = nnx.split(model())
     return jax.device_get(run(state, *exit_audio(SAMPLES)))
@@ -71,24 +72,11 @@ def test_batch_takes_the_exits_of_the_whole_pass(rule):
 def calibrated():
     """A predictor with weights that spread the probabilities, its probabilities `[e b]`, and a threshold."""
     rng = np.random.default_rng(0)
-    x = np.stack(
-        [
-            np.log(traces()["entropy"][0] + 1e-6),
-            np.log(np.maximum(1.0 - traces()["max_probability"][0], 0.0) + 1e-6),
-            traces()["similarity"][0],
-            traces()["patience"][0] >= 2,
-            np.log(np.maximum(np.broadcast_to(frames(), traces()["entropy"][0].shape), 1.0)),
-        ],
-        axis=-1,
-    )
-    weights = rng.normal(size=(2, 5))
+    x = np.float64(traces()["features"])
+    weights = rng.normal(size=(2, len(FEATURES)))
     bias = -np.einsum("euf,ef->eu", x[:2], weights).mean(1)
     p = 1.0 / (1.0 + np.exp(-(np.einsum("euf,ef->eu", x[:2], weights) + bias[:, None])))
     return ExitPredictor(weights, bias), np.concatenate([p, np.ones((1, len(SAMPLES)))])
-
-
-def frames():
-    return [model().config.num_frames(samples) for samples in SAMPLES]
 
 
 @pytest.mark.parametrize("program", [EarlyExit, SingleProgramEarlyExit])
@@ -108,9 +96,25 @@ def test_the_calibrated_rule_weighs_what_the_other_rules_score(program):
 
 
 def test_a_predictor_of_other_exits():
-    predictor = ExitPredictor(np.zeros((3, 5)), np.zeros(3))
+    predictor = ExitPredictor(np.zeros((3, len(FEATURES))), np.zeros(3))
     with pytest.raises(InputError, match="predictor is for 4 exits and the model has 3"):
         EarlyExit(model(), ExitPolicy("calibrated", 0.5, predictor=predictor))
+
+
+@pytest.mark.parametrize("rule", [*get_args(ExitRule), "calibrated"])
+def test_looking_ahead_changes_nothing(rule):
+    predictor, probabilities = calibrated()
+    scores = probabilities if rule == "calibrated" else traces()[rule][0]
+    threshold = 2.0 if rule == "patience" else between(scores[:2])
+    policy = ExitPolicy(rule, threshold, N_BEST, predictor)
+    audio, lengths = exit_audio(SAMPLES)
+    found = [EarlyExit(model(), policy, ahead)(audio, lengths) for ahead in (0, 1)]
+    assert len(set(found[0].exits.tolist())) > 1
+    np.testing.assert_array_equal(found[1].exits, found[0].exits)
+    # Other rows share a program with them: equal up to rounding.
+    np.testing.assert_allclose(found[1].scores, found[0].scores, atol=1e-4)
+    for got, want in zip(found[1].tokens, found[0].tokens, strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("program", [EarlyExit, SingleProgramEarlyExit])
@@ -177,6 +181,26 @@ def test_survivors_are_regrouped():
     everyone = ExitPolicy("entropy", np.inf)
     watched(EarlyExit(model(), everyone), shapes)(audio[rows], lengths[rows])
     assert shapes == [(4, 40)]
+
+
+@pytest.mark.parametrize(("threshold", "max_exit"), [(np.inf, 3), (-np.inf, 3), (-np.inf, 2)])
+def test_looking_ahead_wastes_a_segment_at_most(threshold, max_exit):
+    shapes = []
+    audio, lengths = exit_audio(SAMPLES[:1])
+    policy = ExitPolicy("entropy", threshold)
+    want = EarlyExit(model(), policy)(audio, lengths, max_exit)
+    found = watched(EarlyExit(model(), policy, lookahead=1), shapes)(audio, lengths, max_exit)
+    assert found.exits.tolist() == want.exits.tolist() == [1 if threshold > 0 else max_exit]
+    # The same programs on the same arrays: equal to the bit.
+    np.testing.assert_array_equal(found.scores, want.scores)
+    np.testing.assert_array_equal(found.tokens[0], want.tokens[0])
+    assert len(shapes) == min(int(want.exits[0]) + 1, max_exit)
+
+
+@pytest.mark.parametrize("lookahead", [-1, 2])
+def test_lookahead_is_0_or_1(lookahead):
+    with pytest.raises(InputError, match=f"lookahead is {lookahead}: choose 0 or 1"):
+        EarlyExit(model(), ExitPolicy("entropy", 0.0), lookahead)
 
 
 def test_equal_segments_share_a_compilation():

@@ -145,7 +145,7 @@ def test_policy_round_trip(tmp_path, threshold):
 
 
 def test_a_calibrated_policy_takes_its_predictor_along(tmp_path):
-    predictor = ExitPredictor(np.arange(10.0).reshape(2, 5), np.array([0.5, -0.25]))
+    predictor = ExitPredictor(np.arange(14.0).reshape(2, 7), np.array([0.5, -0.25]))
     save_policy(tmp_path, ExitPolicy("calibrated", 0.75, predictor=predictor))
     found = load_policy(tmp_path)
     assert (found.rule, found.threshold) == ("calibrated", 0.75)

@@ -6,18 +6,20 @@ import jax
 import numpy as np
 import pytest
 
+from edgespeech.data.tokenizer import ctc_collapse
 from edgespeech.errors import InputError
 from edgespeech.inference.exit_policy import ExitStatistics, chosen_exits, oracle_exits
 from edgespeech.inference.exit_predictor import (
     FEATURES,
     ExitPredictor,
-    exit_features,
+    all_exit_features,
     exit_probabilities,
     fit_exit_predictor,
     load_predictor,
     nothing_to_gain,
     save_predictor,
 )
+from edgespeech.ops.edit_distance import edit_distance_reference
 
 ERRORS = np.array([[4, 0, 3, 2], [2, 0, 3, 1], [1, 1, 2, 1]])
 
@@ -26,9 +28,10 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def random_dev(e=3, u=40, f=5, seed=0):
+def random_dev(e=3, u=40, seed=0):
     rng = np.random.default_rng(seed)
-    features = rng.normal(size=(e, u, f)) * [1, 3, 0.1, 2, 1] + [0, -2, 0.9, 1, 4]
+    scale, shift = [1, 3, 0.1, 2, 1, 0.2, 1], [0, -2, 0.9, 1, 4, 0.3, -1]
+    features = rng.normal(size=(e, u, len(FEATURES))) * scale + shift
     return features, rng.integers(0, 4, size=(e, u))
 
 
@@ -45,19 +48,62 @@ def test_leaving_where_it_is_true_is_the_oracle():
     np.testing.assert_array_equal(chosen_exits("posterior", 0.5, certain), oracle_exits(statistics))
 
 
-def test_features():
-    found = np.asarray(
-        exit_features(
-            np.array([[0.5, 0.0]]), np.array([[0.75, 1.0]]), np.array([[0.9, -1.0]]),
-            np.array([[1, 2]]), np.array([50, 0]),
-        )
-    )  # fmt: skip
+def plain_features(before, after, logits, tokens, previous, agreeing):
+    """One utterance's, frame by frame in float64."""
+    p = np.exp(np.float64(logits))
+    p /= p.sum(-1, keepdims=True)
+    sizes = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
+    cosines = (before * after).sum(-1) / sizes
+    change = edit_distance_reference(tokens, previous) / max(len(tokens), len(previous), 1)
+    return [
+        np.log(-(p * np.log(p)).sum(-1).mean()),
+        np.log(1 - p.max(-1).mean()),
+        np.mean(cosines),
+        float(agreeing),
+        np.log(len(logits)),
+        change,
+        np.log(1 - p[:, 0].mean()),
+    ]
+
+
+def test_features_of_every_exit():
+    rng = np.random.default_rng(0)
+    lengths, n = np.array([9, 5, 1]), 9
+    h = rng.normal(size=(4, 3, n, 6))
+    # The second exit says what the first does, in other probabilities; the third something else.
+    logits = 2 * rng.normal(size=(3, 3, n, 4))
+    logits[1] = 1.5 * logits[0]
+    spoiled = [np.float32(x) for x in (*h, *logits)]
+    for x in spoiled:
+        x[np.arange(n) >= lengths[:, None]] = np.nan
+    found = jax.jit(lambda h, z, n: all_exit_features(h[0], h[1:], z, n))(
+        spoiled[:4], spoiled[4:], lengths
+    )
+    assert found.shape == (3, 3, len(FEATURES))
+    for row, m in enumerate(lengths):
+        previous, agreeing = [], False
+        for exit in range(3):
+            z = logits[exit, row, :m]
+            tokens = ctc_collapse(z.argmax(-1))
+            agreeing = exit > 0 and tokens == previous
+            want = plain_features(
+                h[exit, row, :m], h[exit + 1, row, :m], z, tokens, previous, agreeing
+            )
+            np.testing.assert_allclose(found[exit, row], want, rtol=2e-4, atol=2e-5)
+            previous = tokens
+    np.testing.assert_array_equal(found[1, :, FEATURES.index("agrees")], 1.0)
+    assert found[2, 0, FEATURES.index("change")] > 0.2
+
+
+def test_certain_and_empty_utterances_have_finite_features():
+    certain = np.full((2, 3, 4), -200.0, np.float32)
+    certain[..., 0] = 200.0  # blanks alone
+    h = [np.ones((2, 3, 5), np.float32)] * 2
+    found = all_exit_features(h[0], h[1:], [certain], np.array([3, 0]))
     tiny = np.log(1e-6)
     np.testing.assert_allclose(
-        found[0, 0], [np.log(0.5), np.log(0.25), 0.9, 0.0, np.log(50)], rtol=1e-5
+        found[0], [[tiny, tiny, 1, 0, np.log(3), 0, tiny], [tiny, 0, 0, 0, 0, 0, tiny]], atol=1e-5
     )
-    np.testing.assert_allclose(found[0, 1], [tiny, tiny, -1.0, 1.0, 0.0], rtol=1e-5)
-    assert found.shape[-1] == len(FEATURES)
 
 
 def test_two_groups_get_their_own_frequencies():
@@ -108,9 +154,6 @@ def test_classes_that_can_be_parted_stay_finite():
 def test_probabilities_on_the_device_equal_numpy():
     features, errors = random_dev()
     predictor = fit_exit_predictor(features, errors)
-    found = jax.jit(exit_features)(*np.float32([1.5, 0.6, 0.8, 2, 30]))
-    expected = [np.log(1.5), np.log(0.4), 0.8, 1.0, np.log(30)]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
     probabilities = exit_probabilities(predictor, np.float32(features))
     for m in range(2):
         plain = sigmoid(features[m] @ predictor.weights[m] + predictor.bias[m])
@@ -125,10 +168,21 @@ def test_round_trip_is_exact(tmp_path):
     np.testing.assert_array_equal(found.bias, predictor.bias)
 
 
+def test_a_feature_that_an_older_file_lacks_has_weight_0(tmp_path):
+    save_predictor(tmp_path, fit_exit_predictor(*random_dev()))
+    path = tmp_path / "exit_predictor.json"
+    content = json.loads(path.read_text())
+    older = {"features": content["features"][:5], "weights": [w[:5] for w in content["weights"]]}
+    path.write_text(json.dumps(content | older))
+    found = load_predictor(tmp_path)
+    np.testing.assert_array_equal(found.weights[:, :5], older["weights"])
+    np.testing.assert_array_equal(found.weights[:, 5:], 0.0)
+
+
 def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(InputError, match=r"exit_predictor.json is missing"):
         load_predictor(tmp_path)
-    save_predictor(tmp_path, ExitPredictor(np.zeros((2, 5)), np.zeros(2)))
+    save_predictor(tmp_path, ExitPredictor(np.zeros((2, len(FEATURES))), np.zeros(2)))
     path = tmp_path / "exit_predictor.json"
     content = json.loads(path.read_text())
     for damage in ({"features": ["luck"]}, {"format": 2}, {"bias": [0.0]}, {"weights": "x"}):

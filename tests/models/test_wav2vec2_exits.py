@@ -9,8 +9,8 @@ from flax import nnx
 from edgespeech.errors import InputError
 from edgespeech.inference.early_exit import EarlyExit, SingleProgramEarlyExit
 from edgespeech.inference.exit_policy import ExitPolicy
-from edgespeech.models.wav2vec2 import Wav2Vec2, count_parameters
-from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits
+from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config, count_parameters
+from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits, Wav2Vec2ExitsConfig
 from edgespeech.training.ctc import ctc_objective
 from edgespeech.training.exits import ExitLossConfig, exit_objective
 from tests.support.modules import randomize
@@ -48,7 +48,7 @@ def test_every_exit_is_the_encoder_cut_short(norm_first):
 
 
 def test_the_last_layer_is_always_an_exit():
-    assert Wav2Vec2Exits(encoder(), (2,)).exits == (2, 3)
+    assert Wav2Vec2Exits(encoder(), (2,)).config.exits == (2, 3)
 
 
 @pytest.mark.parametrize("program", [EarlyExit, SingleProgramEarlyExit])
@@ -105,6 +105,22 @@ def test_shared_heads_are_intermediate_ctc():
     teacher, params = nnx.split(model)
     _, terms = ctc_objective(teacher, (1,))(params, batch, None, 0)
     assert float(found) == pytest.approx(float(terms["ctc"] + terms["ctc_intermediate"]), rel=1e-5)
+
+
+def test_exits_after_every_so_many_layers():
+    base = Wav2Vec2ExitsConfig.evenly(Wav2Vec2Config.base(), 6, own_heads=True)
+    assert base.exits == base.exit_layers == (2, 4, 6, 8, 10, 12)
+    assert (base.vocab_size, base.width, base.frame_seconds) == (32, 768, 0.02)
+    assert base.num_frames(16_000) == 49
+    made = Wav2Vec2Exits.create(
+        Wav2Vec2ExitsConfig.evenly(encoder().config, 3, own_heads=True), rngs=nnx.Rngs(0)
+    )
+    assert made.config.exits == (1, 2, 3)
+    assert len({id(head.output) for head in made.heads}) == 3
+    with pytest.raises(InputError, match="12 layers cannot be parted into 5 equal groups"):
+        Wav2Vec2ExitsConfig.evenly(Wav2Vec2Config.base(), 5)
+    with pytest.raises(InputError, match=r"exits are \(\)"):
+        Wav2Vec2ExitsConfig(Wav2Vec2Config.base(), ())
 
 
 @pytest.mark.parametrize("exits", [(0, 3), (2, 1, 3), (1, 1, 3), (1, 4)])

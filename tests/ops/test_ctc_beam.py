@@ -12,8 +12,7 @@ import pytest
 from edgespeech.data.tokenizer import ctc_collapse
 from edgespeech.errors import InputError
 from edgespeech.ops.ctc import ctc_log_probs
-from edgespeech.ops.ctc_beam import ctc_beam_search, ctc_beam_search_reference
-from edgespeech.ops.ctc_nbest import IMPOSSIBLE, ctc_nbest_scores
+from edgespeech.ops.ctc_beam import IMPOSSIBLE, ctc_beam_search, ctc_beam_search_reference
 
 search = jax.jit(ctc_beam_search, static_argnums=2)
 
@@ -75,13 +74,6 @@ def test_narrow_beam_is_the_plain_one(seed):
         assert_same(sequences(beams, row), want)
     alone = search(logits[1:2, :13], lengths[1:2], 6)
     assert sequences(alone, 0) == sequences(beams, 1)
-
-
-def test_scores_are_those_of_nbest():
-    logits = np.float32(1.5 * np.random.default_rng(1).normal(size=(2, 12, 6)))
-    lengths = np.array([12, 9])
-    want = ctc_nbest_scores(logits, lengths, 4)
-    np.testing.assert_allclose(search(logits, lengths, 4).scores, want, rtol=1e-5)
 
 
 def test_repeats_need_a_blank():
