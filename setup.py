@@ -48,12 +48,23 @@ EXTRAS = {
         "hyperpyyaml>=1.2",
         "ruamel.yaml>=0.18",
     ],
-    "peers": ["torch>=2.10", "transformers>=5", "onnx>=1.23,<2", "onnxruntime>=1.31,<2"],
+    "peers": [
+        "torch>=2.10",
+        "transformers>=5",
+        "onnx>=1.23,<2",
+        "onnxruntime>=1.31,<2",
+        "pocketsphinx>=5.1,<6",
+    ],
     "moonshine": ["moonshine-cpp==0.1.4"],  # pretrained weights, MIT
     "sweep": ["optuna>=5,<6"],
     "export": ["onnx>=1.23,<2", "onnxruntime>=1.31,<2"],
+    # In a virtual environment of its own: it asks for an older typing_extensions than other extras do.
+    "litert": ["ai-edge-litert>=2.3,<3", "litert-converter>=0.5,<0.6"],
+    "coreml": ["coremltools>=9,<10", "stablehlo-coreml>=0.1.6,<0.2"],
     "enhancement": ["pesq>=0.0.4", "pystoi>=0.4"],
-    "demo": ["gradio>=6"],
+    "demo": [],  # the page needs nothing more
+    "mic": ["sounddevice>=0.5,<0.6"],
+    "wandb": ["wandb>=0.20,<1"],
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
     "test": [
         "pytest>=9",

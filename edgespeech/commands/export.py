@@ -1,4 +1,4 @@
-"""Write a model into a file for a device: StableHLO or ONNX, float32 or int8, with a manifest."""
+"""Write a model into a file for a device: StableHLO, ONNX, LiteRT or Core ML, with a manifest."""
 
 import argparse
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 from edgespeech.errors import InputError
 
-FORMATS = ("stablehlo", "onnx")
-SUFFIXES = {"stablehlo": ".stablehlo", "onnx": ".onnx"}
+FORMATS = ("stablehlo", "onnx", "litert", "coreml")
 # Largest difference of logits between the file and JAX that passes for float rounding.
 TOLERANCE = 1e-3
+NOT_RUN = "converted, not run: Core ML runs on Apple's systems alone"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exits", action="store_true", help="a file for each segment of a model with exits"
     )
+    parser.add_argument(
+        "--streaming",
+        action="store_true",
+        help="the step of an edge Conformer, its state in and out (--format=stablehlo or onnx)",
+    )
+    parser.add_argument(
+        "--chunk", type=int, help="frames of 40 ms in a step (--streaming; default: the model's)"
+    )
+    parser.add_argument(
+        "--left",
+        type=int,
+        help="chunks that attention sees before (--streaming; default: as above)",
+    )
     parser.add_argument("--int8", action="store_true", help="weights of 8 bits (--format=onnx)")
     parser.add_argument(
         "--output", metavar="DIR", default="exported", help="folder of the file (default: exported)"
@@ -29,14 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exports, opens the file in its own runtime and compares it with JAX."""
+    """Exports, opens the file in its own runtime and compares it with JAX; a Core ML package is not opened."""
     if not 0 < arguments.seconds <= 600:
         raise InputError(f"--seconds is {arguments.seconds:g}: give more than 0 and at most 600")
     from edgespeech.interop.ctc_model import open_ctc_model
-    from edgespeech.interop.exported import export, open_exported, write_manifest
+    from edgespeech.interop.exported import SUFFIXES, export, open_exported, write_manifest
     from edgespeech.interop.parity import compare, evaluations
 
     model, tokenizer, about = open_ctc_model(arguments.model)
+    if arguments.streaming:
+        return _export_streaming(arguments, model, tokenizer, about)
     if arguments.exits:
         return _export_exits(arguments, model, tokenizer, about)
     suffix = (".int8" if arguments.int8 else "") + SUFFIXES[arguments.format]
@@ -51,6 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
         int8=arguments.int8,
     )
     manifest["wer"] |= evaluations(Path(arguments.model))
+    if arguments.format == "coreml":
+        write_manifest(path, manifest)
+        print(f"{path}: {manifest['bytes'] / 1e6:.2f} MB; {NOT_RUN}")
+        return 0
     difference = compare(model, open_exported(path))
     manifest["difference_from_jax"] = difference._asdict()
     write_manifest(path, manifest)
@@ -66,10 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _export_exits(arguments: argparse.Namespace, model: Any, tokenizer: Any, about: dict) -> int:
-    from edgespeech.interop.exported_exits import export_exits
-    from edgespeech.models.splitformer import Splitformer
+    from edgespeech.interop.exported_exits import ExitsModel, export_exits, write_exits_manifest
+    from edgespeech.interop.parity import compare_exits
 
-    if not isinstance(model, Splitformer):
+    if not isinstance(model, ExitsModel):
         raise InputError(
             f"--exits: {arguments.model} is a {type(model).__name__}, which has no exits: leave it out"
         )
@@ -85,4 +104,51 @@ def _export_exits(arguments: argparse.Namespace, model: Any, tokenizer: Any, abo
     )
     for segment in manifest["segments"]:
         print(f"{folder / segment['file']}: {segment['bytes'] / 1e6:.2f} MB")
+    if arguments.format == "coreml":
+        print(NOT_RUN)
+        return 0
+    differences = compare_exits(model, folder)
+    manifest["difference_from_jax"] = [difference._asdict() for difference in differences]
+    write_exits_manifest(folder, manifest)
+    largest = max(difference.largest for difference in differences)
+    print(f"logits of all exits differ from JAX by {largest:.2g} at most")
+    if not arguments.int8 and largest > TOLERANCE:
+        raise InputError(
+            f"{folder} computes something else than JAX ({largest:.2g}): do not use it"
+        )
+    return 0
+
+
+def _export_streaming(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, about: dict
+) -> int:
+    from edgespeech.interop.exported import SUFFIXES, write_manifest
+    from edgespeech.interop.exported_stream import ExportedStream, compare_steps
+    from edgespeech.interop.parity import evaluations
+    from edgespeech.interop.streaming_export import export_streaming
+    from edgespeech.models.edge_conformer import EdgeConformer
+
+    if arguments.exits or not isinstance(model, EdgeConformer):
+        raise InputError(
+            f"--streaming: {arguments.model} is a {type(model).__name__}, which does not stream: choose an edge "
+            "Conformer, and leave out --exits"
+        )
+    chunk = model.config.chunk if arguments.chunk is None else arguments.chunk
+    model.set_chunks(chunk, model.config.left if arguments.left is None else arguments.left)
+    suffix = (".int8" if arguments.int8 else "") + SUFFIXES[arguments.format]
+    path = Path(arguments.output) / ("step" + suffix)
+    manifest = export_streaming(
+        model, tokenizer, about, path, form=arguments.format, frames=chunk, int8=arguments.int8
+    )
+    manifest["wer"] |= evaluations(Path(arguments.model))
+    logits, state = compare_steps(model, ExportedStream(path))
+    manifest["difference_from_jax"] = logits._asdict() | {"state": state}
+    write_manifest(path, manifest)
+    print(
+        f"{path}: {manifest['bytes'] / 1e6:.2f} MB for steps of {manifest['seconds']:g} s, "
+        f"{manifest['state']['bytes'] / 1e3:.1f} kB of state; logits differ from JAX by {logits.largest:.2g} at most, "
+        f"the state by {state:.2g} of its largest value, {logits.labels:.1%} of the frames have another label"
+    )
+    if not arguments.int8 and max(logits.largest, state) > TOLERANCE:
+        raise InputError(f"{path} computes something else than JAX: do not use it")
     return 0

@@ -10,7 +10,8 @@ import soxr
 from flax import nnx
 
 from edgespeech.errors import InputError
-from edgespeech.inference.stream_words import GreedyWords, TextOfIds, Vocabulary, Word
+from edgespeech.inference.stream_words import GreedyWords, ends_word
+from edgespeech.inference.words import TextTokenizer, Word, token_texts
 from edgespeech.models.edge_conformer import EdgeConformer
 from edgespeech.types import SAMPLE_RATE
 
@@ -67,13 +68,13 @@ class Streamer:
         endpoint_seconds: time without a token after which the speaker has stopped.
 
     Raises:
-        InputError: num_streams or endpoint_seconds is not above 0.
+        InputError: num_streams or endpoint_seconds is not above 0, or every token starts a word.
     """
 
     def __init__(
         self,
         model: EdgeConformer,
-        tokenizer: TextOfIds,
+        tokenizer: TextTokenizer,
         *,
         num_streams: int = 1,
         endpoint_seconds: float = 0.8,
@@ -83,19 +84,19 @@ class Streamer:
                 f"num_streams is {num_streams} and endpoint_seconds {endpoint_seconds}: both must be above 0"
             )
         self._chunk = model.chunk
-        self._vocabulary = Vocabulary(tokenizer, model.config.vocab_size)
+        self._texts = token_texts(tokenizer)
         self._frame_seconds = model.config.frame_seconds
         self._endpoint_seconds = endpoint_seconds
         self._streams = [self._new_stream() for _ in range(num_streams)]
         graphdef, self._parameters = nnx.split(model)
-        ends_word = jnp.asarray(self._vocabulary.ends_word)
+        ends = jnp.asarray(ends_word(self._texts))
         start = model.init_state(num_streams)
 
         @jax.jit
         def step(parameters, audio, lengths, state):
             logits, frames, state = nnx.merge(graphdef, parameters).step(audio, lengths, state)
             posterior = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-            return jnp.argmax(logits, axis=-1), posterior @ ends_word, frames, state
+            return jnp.argmax(logits, axis=-1), posterior @ ends, frames, state
 
         @jax.jit
         def restart(state, stream):
@@ -176,7 +177,7 @@ class Streamer:
         self._state = self._restart(self._state, stream)
 
     def _new_stream(self) -> _Stream:
-        return _Stream(GreedyWords(self._vocabulary, self._frame_seconds, self._endpoint_seconds))
+        return _Stream(GreedyWords(self._texts, self._frame_seconds, self._endpoint_seconds))
 
     def _advance(self, ready: Sequence[int]) -> dict[int, list[Word]]:
         """Runs at most one chunk of each of these streams; returns words that became final."""

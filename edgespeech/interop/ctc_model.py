@@ -9,8 +9,9 @@ from edgespeech.interop.open_model import open_model
 from edgespeech.models.edge_conformer import EdgeConformer
 from edgespeech.models.splitformer import Splitformer
 from edgespeech.models.wav2vec2 import Wav2Vec2
+from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits
 
-CTCModel: TypeAlias = Wav2Vec2 | Splitformer | EdgeConformer
+CTCModel: TypeAlias = Wav2Vec2 | Wav2Vec2Exits | Splitformer | EdgeConformer
 
 
 def open_ctc_model(path_or_id: str | Path) -> tuple[CTCModel, Tokenizer, dict[str, Any]]:

@@ -1,4 +1,6 @@
-"""Models of a fixed length of audio in files for devices, StableHLO or ONNX, with a manifest beside each.
+"""Models of a fixed length of audio in files for devices, with a manifest beside each.
+
+StableHLO and ONNX run on most systems, LiteRT on Android, iOS and Linux, Core ML on Apple's systems alone.
 
 An exported file takes `audio [1 t]`, float32 in [-1, 1] at 16 kHz with zeros after its end, and `length [1]`, int32,
 its valid samples. It gives `logits [1 n v]` and `frames [1]`, the valid ones among them. Padding changes nothing in it,
@@ -23,14 +25,24 @@ from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
 from edgespeech.evaluation.machine import versions
 from edgespeech.inference.words import token_texts
+from edgespeech.interop.coreml_export import save_coreml, to_coreml
 from edgespeech.interop.ctc_model import CTCModel
 from edgespeech.interop.int8 import quantize_onnx
+from edgespeech.interop.litert_export import load_litert, to_litert
 from edgespeech.interop.onnx_export import to_onnx
 from edgespeech.ops.ctc import BLANK
 from edgespeech.types import SAMPLE_RATE
 
 OUTPUTS = ("logits", "frames")
-FORMATS = ("stablehlo", "onnx")
+# How the name of a file ends; a Core ML package is a folder.
+SUFFIXES = {
+    "stablehlo": ".stablehlo",
+    "onnx": ".onnx",
+    "litert": ".tflite",
+    "coreml": ".mlpackage",
+}
+FORMATS = tuple(SUFFIXES)
+MOST_SAMPLES = 3600 * SAMPLE_RATE  # that a manifest may say: zeros are allocated for them
 
 Run = Callable[
     ..., Sequence[Any]
@@ -101,26 +113,21 @@ def export(
         int8: weights of 8 bits, of the ONNX form alone; see `quantize_onnx`.
 
     Raises:
-        InputError: an unknown form, int8 of another form than ONNX, a length without a frame, or see `to_onnx`.
+        InputError: an unknown form, int8 of another form than ONNX, a length without a frame, or see `to_onnx`,
+            `to_litert` and `to_coreml`.
     """
-    samples = round(seconds * SAMPLE_RATE)
-    if form not in FORMATS or (int8 and form != "onnx"):
-        raise InputError(f"format {form!r}, int8 {int8}: choose stablehlo, onnx, or onnx with int8")
-    n = int(model.config.num_frames(samples))
-    if n < 1:
-        raise InputError(f"{seconds:g} s of audio hold no frame of this model: give more seconds")
+    samples, n = check_choice(model, form, seconds, int8)
     shapes = {
         "audio": jax.ShapeDtypeStruct((1, samples), jnp.float32),
         "length": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
     function = ctc_function(model)
-    data = serialized(function, shapes, OUTPUTS, form, int8)
-    write_atomically(path, lambda file: file.write(data))
+    size = store(path, function, shapes, OUTPUTS, form, int8)
     manifest = {
         "file": path.name,
         "format": form,
         "bits": 8 if int8 else 32,
-        "bytes": len(data),
+        "bytes": size,
         "model": type(model).__name__,
         "seconds": seconds,
         "sample_rate": SAMPLE_RATE,
@@ -154,6 +161,35 @@ def export(
     return manifest
 
 
+def check_choice(model: CTCModel, form: str, seconds: float, int8: bool) -> tuple[int, int]:
+    """Samples and frames of a file; errors as of `export`."""
+    if form not in FORMATS or (int8 and form != "onnx"):
+        raise InputError(
+            f"format {form!r}, int8 {int8}: choose one of {', '.join(FORMATS)}, or onnx with int8"
+        )
+    samples = round(seconds * SAMPLE_RATE)
+    n = int(model.config.num_frames(samples))
+    if n < 1:
+        raise InputError(f"{seconds:g} s of audio hold no frame of this model: give more seconds")
+    return samples, n
+
+
+def store(
+    path: Path,
+    function: Callable[..., Any],
+    inputs: dict[str, jax.ShapeDtypeStruct],
+    outputs: Sequence[str],
+    form: str,
+    int8: bool = False,
+) -> int:
+    """Writes a function in one of `FORMATS`, whole or not at all; returns its bytes. Arguments as of `to_onnx`."""
+    if form == "coreml":
+        return save_coreml(to_coreml(function, inputs, outputs), path)
+    data = serialized(function, inputs, outputs, form, int8)
+    write_atomically(path, lambda file: file.write(data))
+    return len(data)
+
+
 def serialized(
     function: Callable[..., Any],
     inputs: dict[str, jax.ShapeDtypeStruct],
@@ -161,9 +197,11 @@ def serialized(
     form: str,
     int8: bool = False,
 ) -> bytes:
-    """A function of arrays as the contents of a file of one of `FORMATS`; arguments as of `to_onnx`."""
+    """A function of arrays as the contents of a file, of any form but Core ML; arguments as of `to_onnx`."""
     if form == "stablehlo":
         return bytes(_export_module().export(jax.jit(function))(*inputs.values()).serialize())
+    if form == "litert":
+        return to_litert(function, inputs, outputs)
     proto = to_onnx(function, inputs, outputs)
     return (quantize_onnx(proto) if int8 else proto).SerializeToString()
 
@@ -180,14 +218,15 @@ def manifest_path(path: Path) -> Path:
 
 
 def open_exported(path: str | Path, threads: int | None = None) -> Exported:
-    """Opens an exported file in its own runtime: XLA, or ONNX Runtime on the CPU.
+    """Opens an exported file in its own runtime on the CPU: XLA, ONNX Runtime, or LiteRT.
 
     Args:
         path: the file; its manifest lies beside it.
-        threads: of ONNX Runtime; XLA takes the cores that the process may use.
+        threads: of ONNX Runtime and LiteRT; XLA takes the cores that the process may use.
 
     Raises:
-        InputError: the file or its manifest is missing or damaged, or ONNX Runtime is not installed.
+        InputError: the file or its manifest is missing or damaged, its runtime is not installed, or it is a Core ML
+            package.
     """
     path = Path(path)
     try:
@@ -195,11 +234,14 @@ def open_exported(path: str | Path, threads: int | None = None) -> Exported:
         form = manifest["format"]
         if form not in FORMATS:
             raise ValueError(f"format {form!r}")
+        samples = manifest["inputs"]["audio"]["shape"][1]
+        if type(samples) is not int or not 0 < samples <= MOST_SAMPLES:
+            raise ValueError(f"audio of {samples} samples")
     except FileNotFoundError as error:
         raise InputError(
             f"{error.filename} is missing: name a file that `edgespeech export` wrote"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{manifest_path(path)} is damaged ({error!r}): export again") from error
     return Exported(load_run(path, form, threads), manifest)
 
@@ -209,6 +251,10 @@ def load_run(path: Path, form: str, threads: int | None = None) -> Run:
     try:
         if form == "stablehlo":
             return _load_stablehlo(path)
+        if form == "litert":
+            return load_litert(path, threads)
+        if form == "coreml":
+            raise InputError(f"{path} is a Core ML package, which runs on Apple's systems alone")
         return _load_onnx(path, threads)
     except InputError:
         raise

@@ -8,7 +8,7 @@ whose logits satisfy it; what it asks of them is its own rule, such as the mean 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,17 @@ from edgespeech.data.corpus import write_atomically
 from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
 from edgespeech.inference.words import token_texts
-from edgespeech.interop.exported import FORMATS, load_run, serialized
+from edgespeech.interop.exported import SUFFIXES, check_choice, load_run, store
 from edgespeech.models.splitformer import Splitformer
+from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits
 from edgespeech.types import SAMPLE_RATE
 
 MANIFEST = "exits.manifest.json"
+ExitsModel: TypeAlias = Splitformer | Wav2Vec2Exits
 
 
 def export_exits(
-    model: Splitformer,
+    model: ExitsModel,
     tokenizer: Tokenizer,
     about: dict[str, Any],
     folder: Path,
@@ -40,12 +42,7 @@ def export_exits(
 
     Arguments and errors are those of `exported.export`.
     """
-    samples = round(seconds * SAMPLE_RATE)
-    n = model.config.num_frames(samples)
-    if form not in FORMATS or (int8 and form != "onnx"):
-        raise InputError(f"format {form!r}, int8 {int8}: choose stablehlo, onnx, or onnx with int8")
-    if n < 1:
-        raise InputError(f"{seconds:g} s of audio hold no frame of this model: give more seconds")
+    samples, n = check_choice(model, form, seconds, int8)
     length = jax.ShapeDtypeStruct((1,), jnp.int32)
     inputs = {"audio": jax.ShapeDtypeStruct((1, samples), jnp.float32), "length": length}
     between = jax.ShapeDtypeStruct((1, n, model.config.width), jnp.float32)
@@ -59,10 +56,11 @@ def export_exits(
         )
     files = []
     for name, (function, shapes, outputs) in segments.items():
-        path = folder / f"{name}{'.int8' if int8 else ''}.{form}"
-        data = serialized(function, shapes, outputs, form, int8)
-        write_atomically(path, lambda file, data=data: file.write(data))
-        files.append({"file": path.name, "bytes": len(data)})
+        path = folder / f"{name}{'.int8' if int8 else ''}{SUFFIXES[form]}"
+        size = store(path, function, shapes, outputs, form, int8)
+        files.append(
+            {"file": path.name, "bytes": size, "inputs": list(shapes), "outputs": list(outputs)}
+        )
     manifest = {
         "format": form,
         "bits": 8 if int8 else 32,
@@ -76,9 +74,14 @@ def export_exits(
         "licence": about.get("licence") or about.get("license") or "not stated",
         "about": about,
     }
+    write_exits_manifest(folder, manifest)
+    return manifest
+
+
+def write_exits_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes `exits.manifest.json`."""
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / MANIFEST, lambda file: file.write(text.encode()))
-    return manifest
 
 
 def run_exits(folder: Path, audio: np.ndarray) -> Iterator[np.ndarray]:
@@ -112,7 +115,7 @@ def _function(module: Any, call: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arrays: call(nnx.merge(graphdef, state), *arrays)
 
 
-def _embed(model: Splitformer, audio, lengths):
+def _embed(model: ExitsModel, audio, lengths):
     return model.embed(audio, lengths)
 
 

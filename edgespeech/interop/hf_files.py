@@ -2,23 +2,16 @@
 
 import importlib
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from edgespeech.errors import InputError
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-# What safetensors and torch.load(weights_only=True) raise for a file that is damaged or holds more than tensors.
-UNREADABLE = (
-    *(OSError, ValueError, TypeError, AttributeError, RuntimeError, EOFError),
-    *(pickle.UnpicklingError, SafetensorError),
-)
 
 
 def locate_checkpoint(path_or_id: str | Path) -> tuple[Path, Path]:
@@ -80,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"a {type(content).__name__} where an object must be")
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: download the whole checkpoint folder") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): download it again") from error
     return content
 
@@ -103,7 +96,8 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         raise InputError(
             f"{path} needs PyTorch to be read: install edgespeech[torch], or take model.safetensors"
         ) from error
-    except UNREADABLE as error:
+    # Of a damaged file: whatever the unpickler of tensors meets, MemoryError for a length that is none included.
+    except Exception as error:
         raise InputError(
             f"{path} is not a file of tensors alone ({type(error).__name__}): download it again, or take the "
             "safetensors version"

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from edgespeech.errors import InputError
 from edgespeech.interop.hf_files import locate_checkpoint, read_json, read_weights
 from edgespeech.interop.moonshine_tokenizer import PieceTokenizer, read_tokenizer_json
-from edgespeech.interop.tensors import named_params, require_tensors
+from edgespeech.interop.tensors import named_params, require_sizes, require_tensors
 from edgespeech.models.moonshine import Moonshine, MoonshineConfig
 from edgespeech.nn.rotary import RotarySelfAttention
 
@@ -124,12 +124,13 @@ def load_hf_moonshine(path_or_id: str | Path) -> HFMoonshine:
     hf_config = read_json(folder / "config.json")
     rotary_factor = _check_config(folder, hf_config)
     fields = {ours: hf_config.get(name, default) for name, (ours, default) in CONFIG_FIELDS.items()}
+    tensors = read_weights(weights_path)
+    require_sizes(folder / "config.json", fields, tensors)
     try:
         config = MoonshineConfig(**fields, rotary_factor=rotary_factor)
         model = without_values(config)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise InputError(f"{folder / 'config.json'} does not describe a model: {error}") from error
-    tensors = read_weights(weights_path)
     head = tensors.pop(HEAD, None)
     if head is not None and not np.array_equal(tensors.setdefault(EMBEDDING, head), head):
         raise InputError(

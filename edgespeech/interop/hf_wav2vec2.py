@@ -22,7 +22,7 @@ from edgespeech.interop.hf_layout import (
     standard_names,
     write_fields,
 )
-from edgespeech.interop.tensors import named_params, require_tensors
+from edgespeech.interop.tensors import build, named_params, require_tensors
 from edgespeech.models.wav2vec2 import Padding, Wav2Vec2, Wav2Vec2Config
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.types import SAMPLE_RATE
@@ -80,7 +80,9 @@ def load_hf_wav2vec2(path_or_id: str | Path, padding: Padding = "exact") -> HFWa
     tokenizer, notes = _read_tokenizer(folder, hf_config, has_head)
     try:
         fields = {**read_fields(hf_config), "vocab_size": tokenizer.vocab_size}
-        model = Wav2Vec2(Wav2Vec2Config(**fields, padding=padding), rngs=nnx.Rngs(0))
+        config = Wav2Vec2Config(**fields, padding=padding)
+        path = folder / "config.json"
+        model = build(lambda: Wav2Vec2(config, rngs=nnx.Rngs(0)), path, fields, tensors)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise InputError(f"{folder / 'config.json'} does not describe a model: {error}") from error
 

@@ -13,6 +13,8 @@ from edgespeech.data.corpus import write_atomically
 from edgespeech.errors import InputError
 
 FILE_NAME = "tokenizer.json"
+# What JSON of other contents than expected leads to; OverflowError: an infinite number.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 SPACE = "▁"  # how a piece writes the space before a word
 
 
@@ -40,9 +42,15 @@ class PieceTokenizer:
         self._encode_word = functools.cache(self._merge)
 
     def can_encode(self, text: str) -> set[str]:
-        """The characters of the text that the vocabulary lacks."""
-        lacking = {c for c in text if c != " " and c.encode() not in self._ids}
-        return {c for c in lacking if not all(bytes([b]) in self._ids for b in c.encode())}
+        """The characters of the text that the vocabulary lacks; a text with words has a space before each."""
+        written = {c: c.encode() for c in text if c != " "}
+        if text.strip():
+            written[" "] = SPACE.encode()
+        return {
+            c
+            for c, piece in written.items()
+            if piece not in self._ids and not all(bytes([b]) in self._ids for b in piece)
+        }
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32 `[u]`: the neighbours whose joint piece has the lowest id are merged first.
@@ -104,12 +112,15 @@ def load_piece_tokenizer(folder: Path) -> PieceTokenizer:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         pieces = [None if text is None else text.encode("latin-1") for text in content["pieces"]]
-        return PieceTokenizer(pieces, content["vocab_size"])
+        vocab_size = content["vocab_size"]
+        if type(vocab_size) is not int:
+            raise ValueError(f"vocab_size {vocab_size!r}")
+        return PieceTokenizer(pieces, vocab_size)
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: name the folder that a model was saved to") from error
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise InputError(f"{path} is damaged ({error!r}): save the model again") from error
 
 
@@ -163,9 +174,17 @@ def read_tokenizer_json(path: Path, vocab_size: int) -> PieceTokenizer:
         }
         for token in content.get("added_tokens", []):
             pieces[int(token["id"])] = None if token["special"] else _piece(token["content"])
+        # Before a list is made of them: one wrong number would fill the memory.
+        if outside := [i for i in pieces if not 0 <= i < vocab_size]:
+            raise InputError(
+                f"{path} has a token {outside[0]} and the model a vocabulary of {vocab_size}: take both from the same "
+                "place"
+            )
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error}): name a tokenizer.json") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise InputError(
             f"{path} is not a BPE tokenizer of Hugging Face ({error!r}): take the one of the checkpoint"
         ) from error

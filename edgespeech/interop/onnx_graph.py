@@ -128,7 +128,8 @@ class Graph:
             return value
         if value.array is not None:
             return constant(value.array.reshape(shape))
-        return self.emit("Reshape", [value, integers(shape)], shape, value.dtype)
+        # Without allowzero a 0 stands for the size that the axis has.
+        return self.emit("Reshape", [value, integers(shape)], shape, value.dtype, allowzero=1)
 
     def transpose(self, value: Value, order: Sequence[int]) -> Value:
         """`value` with its axes in another order."""
@@ -165,25 +166,35 @@ class Graph:
         return self.emit("Slice", operands, shape, value.dtype)
 
     def model(self, inputs: Sequence[Value], outputs: Sequence[tuple[str, Value]], about: str):
-        """The finished `onnx.ModelProto`; outputs are renamed."""
+        """The finished `onnx.ModelProto`; outputs are renamed, what none of them needs is left out."""
         helper = self._onnx.helper
         named = []
         for name, value in outputs:
             value = self.full(value)
             self.nodes.append(helper.make_node("Identity", [self.name_of(value)], [name]))
             named.append((name, value))
+        nodes, initializers = self._needed({name for name, _ in named})
         graph = helper.make_graph(
-            self.nodes,
+            nodes,
             "edgespeech",
             [self._info(value.name, value) for value in inputs],
             [self._info(name, value) for name, value in named],
-            self.initializers,
+            initializers,
             doc_string=about,
         )
         opset = helper.make_opsetid("", OPSET)
         return helper.make_model(
             graph, opset_imports=[opset], ir_version=10, producer_name="edgespeech"
         )
+
+    def _needed(self, names: set[str]) -> tuple[list[Any], list[Any]]:
+        """The nodes and initialisers that these values are computed from, in order."""
+        names, nodes = set(names), []
+        for node in reversed(self.nodes):
+            if names.intersection(node.output):
+                nodes.append(node)
+                names.update(node.input)
+        return nodes[::-1], [tensor for tensor in self.initializers if tensor.name in names]
 
     def _info(self, name: str | None, value: Value):
         return self._onnx.helper.make_tensor_value_info(

@@ -86,6 +86,11 @@ def _square(graph, params, operands, out):
     return elementwise(graph, "Mul", [operands[0], operands[0]], out.dtype)
 
 
+def _exp2(graph, params, operands, out):
+    (x,) = operands
+    return elementwise(graph, "Pow", [_like(x, 2), x], out.dtype)
+
+
 def _integer_pow(graph, params, operands, out):
     (x,) = operands
     if params["y"] == 2:
@@ -184,8 +189,8 @@ def _rev(graph, params, operands, out):
 def _pad(graph, params, operands, out):
     x, fill = operands
     edges = params["padding_config"]
-    if any(inner for _, _, inner in edges):
-        raise InputError("ONNX export: padding between elements has no rule")
+    for axis, (_, _, inner) in enumerate(edges):
+        x = _spread(graph, x, axis, inner, fill)
     # Negative padding cuts.
     starts = [max(0, -low) for low, _, _ in edges]
     stops = [size + min(0, high) for size, (_, high, _) in zip(x.shape, edges, strict=True)]
@@ -196,6 +201,23 @@ def _pad(graph, params, operands, out):
     return graph.emit("Pad", [x, integers(pads), fill], out.shape, out.dtype)
 
 
+def _spread(graph: Graph, x: Value, axis: int, inner: int, fill: Value) -> Value:
+    """Puts `inner` elements between every two neighbours along an axis."""
+    n, rank = x.shape[axis], len(x.shape)
+    if not inner or n < 2:
+        return x
+    columns = [*x.shape[: axis + 1], 1, *x.shape[axis + 1 :]]
+    pads = [0] * (2 * rank + 2)
+    pads[rank + 1 + axis + 1] = inner  # after the element, along the new axis
+    operands = [graph.reshape(x, columns), integers(pads), fill]
+    columns[axis + 1] += inner
+    x = graph.emit("Pad", operands, columns, x.dtype)
+    stops = [*columns[:axis], n * (1 + inner), *columns[axis + 2 :]]
+    x = graph.reshape(x, stops)
+    stops[axis] -= inner
+    return graph.slice(x, [0] * rank, stops)
+
+
 def concatenate(graph: Graph, parts: Sequence[Value], axis: int) -> Value:
     """Values side by side."""
     if len(parts) == 1:
@@ -204,6 +226,12 @@ def concatenate(graph: Graph, parts: Sequence[Value], axis: int) -> Value:
     shape = list(parts[0].shape)
     shape[axis] = sum(part.shape[axis] for part in parts)
     return graph.emit("Concat", parts, shape, parts[0].dtype, axis=axis)
+
+
+def _stack(graph, params, operands, out):
+    axis = params["axis"]
+    shape = [1 if place == axis else size for place, size in enumerate(out.shape)]
+    return concatenate(graph, [graph.reshape(part, shape) for part in operands], axis)
 
 
 def _iota(graph, params, operands, out):
@@ -282,6 +310,7 @@ RULES: dict[str, Rule] = {
     "convert_element_type": _cast,
     "dynamic_slice": _dynamic_slice,
     "erfc": _erfc,
+    "exp2": _exp2,
     "expand_dims": _reshape,
     "gather": _gather,
     "integer_pow": _integer_pow,
@@ -297,5 +326,6 @@ RULES: dict[str, Rule] = {
     "slice": _slice,
     "square": _square,
     "squeeze": _reshape,
+    "stack": _stack,
     "transpose": _transpose,
 }

@@ -45,6 +45,30 @@ def _cumsum(graph, params, operands, out):
     return graph.emit("CumSum", [x, axis], out.shape, out.dtype, reverse=int(params["reverse"]))
 
 
+def _scatter_add(graph, params, operands, out):
+    """A sum into one block of x whose place is known: `x.at[:, 0].add(update)`."""
+    x, index, update = operands
+    numbers = params["dimension_numbers"]
+    if index.array is None or len(index.shape) != 1 or numbers.operand_batching_dims:
+        raise InputError(
+            "ONNX export: sums into places that are computed, or several, have no rule"
+        )
+    block = list(update.shape)
+    for axis in sorted(numbers.inserted_window_dims):
+        block.insert(axis, 1)
+    before = [0] * len(block)
+    places = np.broadcast_to(index.array, index.shape)
+    for axis, place in zip(numbers.scatter_dims_to_operand_dims, places.tolist(), strict=True):
+        before[axis] = place
+    after = [n - i - size for n, i, size in zip(out.shape, before, block, strict=True)]
+    if min(*before, *after) < 0:
+        raise InputError(f"ONNX export: a sum at {before}, outside of {list(out.shape)}")
+    pads = integers([*before, *after])
+    zero = constant(np.zeros((), out.dtype))
+    update = graph.emit("Pad", [graph.reshape(update, block), pads, zero], out.shape, out.dtype)
+    return elementwise(graph, "Add", [x, update], out.dtype)
+
+
 def _running(op: str) -> Rule:
     """Running maximum or minimum, which ONNX lacks: by shifts of 1, 2, 4, ... frames."""
 
@@ -159,4 +183,5 @@ RULES: dict[str, Rule] = {
     "real": _part(0),
     "reduce_and": _logical_reduction("ReduceMin"),
     "reduce_or": _logical_reduction("ReduceMax"),
+    "scatter-add": _scatter_add,
 }

@@ -4,6 +4,7 @@ The format is a flatbuffer (schema: `onnxruntime/core/flatbuffers/schema/ort.fbs
 knows the places of the few fields that it needs. Constants are views of the file's bytes; nothing is executed.
 """
 
+import math
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,20 @@ DATA_TYPES = {
     12: "<u4",
     13: "<u8",
 }
+
+
+class _Contents(bytes):
+    """A file's bytes.
+
+    Attributes:
+        unread: elements of vectors that may still be read. A sound file lists no table twice, so 4 bytes are read as
+            an element once; tables of a damaged one that contain each other would take for ever.
+    """
+
+    unread: int
+
+    def __init__(self, data: bytes):
+        self.unread = len(data) // 4
 
 
 class OrtNode(NamedTuple):
@@ -81,7 +96,7 @@ def read_ort(path: str | Path) -> OrtGraph:
             outside the file (all named).
     """
     try:
-        data = Path(path).read_bytes()
+        data = _Contents(Path(path).read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error}): name an .ort file") from error
     if data[4:8] != IDENTIFIER:
@@ -128,7 +143,7 @@ def _read_tensor(tensor: Table) -> tuple[str, np.ndarray]:
     dims = _vector(tensor, TENSOR_DIMS, "<i8")
     raw = _vector(tensor, TENSOR_RAW_DATA, "u1")
     dtype = np.dtype(DATA_TYPES[code])
-    if raw.size != dtype.itemsize * int(np.prod(dims)):
+    if raw.size != dtype.itemsize * math.prod(dims.tolist()):  # of Python's integers: no overflow
         raise ValueError(
             f"constant {name!r} of shape {dims.tolist()} and type {dtype} has {raw.size} bytes in the file"
         )
@@ -202,6 +217,9 @@ def _elements(table: Table, place: int) -> list[int]:
     start, size = table.Vector(offset), table.VectorLen(offset)
     if start + 4 * size > len(table.Bytes):
         raise ValueError(f"a vector of {size} elements reaches beyond the end of the file")
+    table.Bytes.unread -= size
+    if table.Bytes.unread < 0:
+        raise ValueError("its vectors have more elements than the file has room for")
     return [start + 4 * i for i in range(size)]
 
 

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
 from edgespeech.interop.ctc_model import CTCModel
 from edgespeech.interop.exported import Exported, ctc_function
+from edgespeech.interop.exported_exits import MANIFEST, ExitsModel, run_exits
 
 
 class Difference(NamedTuple):
@@ -36,6 +38,21 @@ def compare(model: CTCModel, exported: Exported, seed: int = 0) -> Difference:
         logits, frames = function(padded, np.array([len(audio)], np.int32))
         wanted.append(np.asarray(logits)[0, : int(frames[0])])
     return difference(np.concatenate(wanted), np.concatenate(found))
+
+
+def compare_exits(model: ExitsModel, folder: Path, seed: int = 0) -> list[Difference]:
+    """The same of every exit of a model and its segments, on audio that fills two thirds of the files' length."""
+    samples = json.loads((folder / MANIFEST).read_text())["samples"]
+    audio = speech_like(samples * 2 // 3, seed)
+    length = np.array([len(audio)], np.int32)
+    padded = np.pad(audio, (0, samples - len(audio)))[None]
+    graphdef, state = nnx.split(model)
+    output = jax.jit(lambda *arrays: nnx.merge(graphdef, state)(*arrays))(padded, length)
+    n = int(output.lengths[0])
+    return [
+        difference(np.asarray(wanted)[0, :n], found)
+        for wanted, found in zip(output.exit_logits, run_exits(folder, audio), strict=True)
+    ]
 
 
 def difference(wanted: np.ndarray, found: np.ndarray) -> Difference:

@@ -17,13 +17,14 @@ from edgespeech.data.corpus import write_atomically
 from edgespeech.data.tokenizer import Tokenizer, load_tokenizer
 from edgespeech.errors import InputError
 from edgespeech.interop.moonshine_tokenizer import PieceTokenizer, load_piece_tokenizer
-from edgespeech.interop.tensors import named_variables, require_tensors
+from edgespeech.interop.tensors import build, named_variables, require_tensors
 from edgespeech.models.edge_conformer import EdgeConformer
 from edgespeech.models.edge_conformer_config import EdgeConformerConfig
 from edgespeech.models.moonshine import Moonshine, MoonshineConfig
 from edgespeech.models.sepformer import SepFormer, SepFormerConfig
 from edgespeech.models.splitformer import Splitformer, SplitformerConfig
 from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits, Wav2Vec2ExitsConfig
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.chunk_attention import ChunkAttention
 from edgespeech.nn.lpa import LPA, LPAConfig, harden
@@ -35,31 +36,41 @@ from edgespeech.nn.token_mixer_controls import WINDOWED, Removed, sliding_window
 from edgespeech.ops.features import SpecAugmentConfig
 
 FORMAT = 1
-Model = Wav2Vec2 | Moonshine | EdgeConformer | Splitformer | SepFormer
+Model = Wav2Vec2 | Wav2Vec2Exits | Moonshine | EdgeConformer | Splitformer | SepFormer
 AnyTokenizer = Tokenizer | PieceTokenizer
+# What contents of `model.json` other than expected lead to, in whatever part of a model meets them first.
+MALFORMED = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(AssertionError, RecursionError),
+)
 Attention = SelfAttention | RotarySelfAttention | RelativeSelfAttention | ChunkAttention
 
 
 # Configurations inside configurations.
-NESTED = {"spec_augment": SpecAugmentConfig, "lpa": LPAConfig}
+NESTED = {"spec_augment": SpecAugmentConfig, "lpa": LPAConfig, "encoder": Wav2Vec2Config}
 
 
 class Family(NamedTuple):
     """How the models of one family are made again.
 
     Attributes:
-        model: class of the model, made of `(config, rngs=...)`.
+        model: class of the model.
         config: class of its configuration.
         load_tokenizer: reads the tokenizer of a folder; None: the family writes no text.
+        create: makes the model of `(config, rngs=...)`; None: its class does.
     """
 
-    model: type[Model]
+    model: type[Any]
     config: type
     load_tokenizer: Callable[[Path], AnyTokenizer] | None
+    create: Callable[..., Model] | None = None
 
 
 FAMILIES = {
     "wav2vec2": Family(Wav2Vec2, Wav2Vec2Config, load_tokenizer),
+    "wav2vec2_exits": Family(
+        Wav2Vec2Exits, Wav2Vec2ExitsConfig, load_tokenizer, Wav2Vec2Exits.create
+    ),
     "moonshine": Family(Moonshine, MoonshineConfig, load_piece_tokenizer),
     "edge_conformer": Family(EdgeConformer, EdgeConformerConfig, load_tokenizer),
     "splitformer": Family(Splitformer, SplitformerConfig, load_tokenizer),
@@ -117,11 +128,10 @@ def load_pretrained(folder: Path) -> tuple[Model, AnyTokenizer | None, dict[str,
                 f"format {FORMAT} of the families {', '.join(map(repr, FAMILIES))}"
             )
         family = FAMILIES[description["family"]]
-        model = _new_model(family, description["config"])
-        layers = mixer_layers(model).values()
-        for layer, mixer in zip(layers, description["mixers"], strict=True):
-            layer.mixer = _build(layer.mixer, mixer)
+        about = description["about"]
         weights = load_file(folder / "weights.safetensors")
+        sizes = {key: description[key] for key in ("config", "mixers")}
+        model = build(lambda: _new_model(family, description), path, sizes, weights)
     except FileNotFoundError as error:
         names = ("model.json", "weights.safetensors")
         missing = next((name for name in names if not (folder / name).exists()), names[0])
@@ -131,7 +141,7 @@ def load_pretrained(folder: Path) -> tuple[Model, AnyTokenizer | None, dict[str,
         ) from error
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, SafetensorError, *MALFORMED) as error:
         raise InputError(
             f"{folder} does not hold a readable model ({error!r}): save it again"
         ) from error
@@ -143,17 +153,34 @@ def load_pretrained(folder: Path) -> tuple[Model, AnyTokenizer | None, dict[str,
         fix="save the model again",
     )
     for name, variable in variables.items():
-        variable[...] = jnp.asarray(weights[name])
+        variable[...] = jnp.asarray(weights[name], variable.dtype)
     tokenizer = family.load_tokenizer(folder) if family.load_tokenizer else None
-    return model, tokenizer, description["about"]
+    if tokenizer is None or isinstance(model, SepFormer):
+        return model, tokenizer, about
+    if tokenizer.vocab_size < model.config.vocab_size:
+        raise InputError(
+            f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens and a model of {model.config.vocab_size}: save "
+            "both again"
+        )
+    return model, tokenizer, about
 
 
-def _new_model(family: Family, config: dict[str, Any]) -> Model:
-    fields = {field.name for field in dataclasses.fields(family.config)}
-    parts = {name: NESTED[name](**config[name]) for name in NESTED.keys() & fields}
+def _new_model(family: Family, description: dict[str, Any]) -> Model:
+    """The model that a description describes, with any weights."""
+    create: Callable[..., Model] = family.create or family.model
+    model = create(_config(family.config, description["config"]), rngs=nnx.Rngs(0))
+    layers = mixer_layers(model).values()
+    for layer, mixer in zip(layers, description["mixers"], strict=True):
+        layer.mixer = _build(layer.mixer, mixer)
+    return model
+
+
+def _config(kind: type, values: dict[str, Any]) -> Any:
+    fields = {field.name for field in dataclasses.fields(kind)}
+    parts = {name: _config(NESTED[name], values[name]) for name in NESTED.keys() & fields}
     # JSON has lists alone; a configuration has tuples.
-    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    return family.model(family.config(**plain | parts), rngs=nnx.Rngs(0))
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**plain | parts)
 
 
 def _describe(mixer: nnx.Module) -> dict[str, Any]:

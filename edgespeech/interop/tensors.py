@@ -1,13 +1,24 @@
 """The tensors of a model by name, and the message when a file holds others."""
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from flax import nnx
 
 from edgespeech.errors import InputError
 
 MOST_FAULTS = 8  # named in one message
+# Of numbers in a configuration that size no tensor: widths of masks and the like, and sample rates (Hz).
+MOST_UNSIZED, MOST_RATE = 1 << 10, 1 << 16
+# Parameters that a model may have and its weights may lack: a head that starts at random.
+MOST_ABSENT = 1 << 22
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 def named_params(model: nnx.Module) -> dict[str, nnx.Param]:
@@ -20,6 +31,67 @@ def named_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
     """Parameters and running statistics by their path, such as `blocks.0.layers.0.mixer.q_proj.kernel`."""
     flat = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
     return {".".join(map(str, path)): value for path, value in flat}
+
+
+def require_sizes(path: Path, config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> None:
+    """Refuses numbers of a configuration that are out of all proportion to the weights that it is for.
+
+    A wrong digit may describe layers without end, or kernels that no memory holds.
+
+    Args:
+        path: of the configuration, for the message.
+        config: plain numbers, text, lists and mappings.
+        weights: by name.
+
+    Raises:
+        InputError: the message names the number.
+    """
+    longest = max((size for array in weights.values() for size in array.shape), default=0)
+    for name, number in _numbers("", config):
+        limit = max(longest, MOST_RATE if name == "sample_rate" else MOST_UNSIZED)
+        if re.search("layers|blocks|exits|strides", name):  # each has tensors of its own
+            limit = len(weights)
+        if not abs(number) <= limit:  # NaN neither
+            raise InputError(
+                f"{path} has {name} {number} and its weights allow {limit} at most: save or fetch the model again"
+            )
+
+
+def build(
+    make: Callable[[], M], path: Path, config: Mapping[str, Any], weights: Mapping[str, np.ndarray]
+) -> M:
+    """Makes the model of a configuration, if its size goes with that of the weights, without trying.
+
+    Args:
+        make: the model, any values.
+        path: of the configuration, for the message.
+        config: see `require_sizes`.
+        weights: by name.
+
+    Raises:
+        InputError: it does not.
+    """
+    require_sizes(path, config, weights)
+    have = sum(array.size for array in weights.values())
+    sketch = nnx.state(nnx.eval_shape(make), nnx.Param)
+    need = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(sketch))
+    if need > have + MOST_ABSENT:
+        raise InputError(
+            f"{path} describes {need:,} parameters and there are weights for {have:,}: save or fetch the model again"
+        )
+    return make()
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Numbers in a tree of mappings and lists, each by the name of the mapping's entry that it is in."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _numbers(str(key), inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(name, inner)
+    elif isinstance(value, int | float):
+        yield name, value
 
 
 def copy_but_head(model: nnx.Module, source: nnx.Module, name: str) -> None:

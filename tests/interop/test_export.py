@@ -133,7 +133,7 @@ def test_difference_and_evaluations(tmp_path):
 def test_refusals(exported, tmp_path):
     folder, model = exported
     give = (model, CharTokenizer(), {}, tmp_path / "x")
-    with pytest.raises(InputError, match="choose stablehlo, onnx, or onnx with int8"):
+    with pytest.raises(InputError, match="choose one of stablehlo, onnx, litert, coreml"):
         export(*give, form="stablehlo", seconds=1.0, int8=True)
     with pytest.raises(InputError, match="hold no frame"):
         export(*give, form="stablehlo", seconds=0.01)

@@ -63,7 +63,21 @@ SNIPPETS = {
         lambda x: jnp.concatenate([jnp.split(x, (1, 4), 1)[1], x[:, ::-1], x[:, 1::2]], axis=1),
         (2, 6),
     ),
+    "stack": (lambda x: jnp.stack([x, 2 * x, x[:, :1] + 0 * x], axis=1), (2, 3)),
+    "powers of two": (lambda x: jnp.exp2(-jnp.exp2(x)), (3, 4)),
+    "sum into a place": (
+        lambda x: x.at[:, 1].add(x[:, 2] * 3).at[0].add(x[1]).at[1, :, 3].add(x[0, :, 0]),
+        (2, 3, 4),
+    ),
     "padding": (lambda x: lax.pad(x, 1.5, ((1, -1, 0), (-1, 2, 0))), (4, 5)),
+    "padding between elements": (lambda x: lax.pad(x, 1.5, ((1, 0, 2), (-1, 2, 1))), (3, 4)),
+    "associative scan": (
+        lambda x: lax.associative_scan(
+            lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (jnp.tanh(x), x), axis=1
+        )[1],
+        (2, 7, 3),
+    ),
+    "nothing": (lambda x: x + x[:, :0].reshape(0, 1, 3).sum(), (3, 4)),
     "transposed": (lambda x: x.transpose(2, 0, 1).reshape(4, 6)[:, None], (2, 3, 4)),
     "gather": (lambda x: take_rows(x, np.array([[2, 0], [1, 2]])) * x[:, :1, None], (4, 3)),
     "windows": (lambda x: x[:, np.arange(3)[:, None] * 2 + np.arange(4)], (2, 9)),
@@ -134,6 +148,18 @@ def test_what_depends_on_no_input_is_a_constant():
     np.testing.assert_allclose(onnx.numpy_helper.to_array(weights), want, rtol=1e-6)
 
 
+def test_what_no_output_needs_is_left_out():
+    kernel = random(4, 4)
+
+    def function(x):
+        _ = jnp.tanh(x @ kernel)
+        return x + 1
+
+    _, model = run_graph(function, random(3, 4))
+    assert [node.op_type for node in model.graph.node] == ["Add", "Identity"]
+    assert len(model.graph.initializer) == 1
+
+
 def test_large_constants_are_not_spread_out():
     (got,), model = run_graph(lambda x: x + jnp.ones((400, 400)).sum(0), random(1))
     assert got[0] == pytest.approx(400 + random(1)[0])
@@ -143,5 +169,7 @@ def test_large_constants_are_not_spread_out():
 def test_unknown_primitive_is_named():
     with pytest.raises(InputError, match="the primitive 'while' has no rule"):
         run_graph(lambda x: lax.while_loop(lambda c: c.sum() < 9, lambda c: c + 1, x), random(2))
+    with pytest.raises(InputError, match="sums into places that are computed"):
+        run_graph(lambda x, i: x.at[i].add(1.0), random(4), np.int32(2))
     with pytest.raises(InputError, match="returns 1 arrays for 2 names"):
         run_graph(lambda x: x, random(2), outputs=("y", "z"))

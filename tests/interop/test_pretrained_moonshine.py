@@ -102,7 +102,7 @@ def test_encode_merges_what_was_learned_first():
     for text in ("hello lo llolo", "hé ♥ <x>"):
         assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
     assert tokenizer.encode("").tolist() == []
-    assert letters().can_encode("A B!é") == {"A", "B", "!", "é"}
+    assert letters().can_encode("A B!é") == {"A", " ", "B", "!", "é"}
     with pytest.raises(InputError, match=r"the vocabulary lacks \['!'\]; take them out"):
         PieceTokenizer(["▁".encode(), b"a"], 2).encode("a!")
 
