@@ -84,6 +84,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["edgespeech*", "experiments*", "launch*"]),
+    package_data={"edgespeech.demo": ["*.html", "*.js", "*.css"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["edgespeech=edgespeech.cli:main"]},

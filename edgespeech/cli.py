@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from edgespeech import __version__
-from edgespeech.commands import bench, enhance, export, inspect, transcribe
+from edgespeech.commands import bench, demo, enhance, export, inspect, transcribe
 from edgespeech.errors import InputError
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": inspect,
     "export": export,
     "bench": bench,
+    "demo": demo,
 }
 
 

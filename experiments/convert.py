@@ -15,7 +15,7 @@ from edgespeech.evaluation.report import write_report
 from edgespeech.evaluation.wer import WerResult
 from edgespeech.interop.pretrained import AnyTokenizer
 from edgespeech.models.wav2vec2 import count_parameters
-from experiments import asr, data_flags, recipe, run
+from experiments import asr, data_flags, recipe, run, shared
 from experiments.facts import run_facts
 from experiments.recipe import Recipe
 from experiments.replacement import Measure, keep_hybrid, replace_layers
@@ -116,7 +116,10 @@ def convert(
         about: what is known of the teacher: its `steps`, `notes` and, for the report's data, `labels`.
     """
     bench = RecognitionBench(workdir, data, tokenizer, make_decoder)
-    with workdir.stage("teacher evaluation"):
+    with (
+        workdir.stage("teacher evaluation"),
+        shared.part("score", workdir.path, "hypotheses/teacher*.jsonl"),
+    ):
         teacher_results = bench.measure(teacher.graphdef)("teacher", teacher.state)
     bench.teacher = teacher_results
     run.say(f"teacher: {asr.spoken(teacher_results)}")

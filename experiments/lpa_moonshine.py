@@ -13,8 +13,9 @@ On real speech, with transcripts only where the WER is measured:
         --train_split=train-clean-100 --dev_split=dev-other --test_split=test-clean --max_train_hours=20
 
 The targets of the student are what the teacher hears: its greedy texts of the training audio, kept in
-WORKDIR/labels.jsonl. The student also learns the teacher's distribution of every token and its encoder's hidden states.
-The decoder stays the teacher's. The recipe is ours; LPA is Y. P. Shkolnikov's, arXiv 2603.16922.
+WORKDIR/labels.jsonl, or in --shared. The student also learns the teacher's distribution of every token and its
+encoder's hidden states. The decoder stays the teacher's. The recipe is ours; LPA is Y. P. Shkolnikov's, arXiv
+2603.16922.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ from edgespeech.interop.open_model import open_model
 from edgespeech.models.moonshine import Moonshine
 from edgespeech.nn.rotary import RotarySelfAttention
 from edgespeech.types import SAMPLE_RATE
-from experiments import asr, convert, data_flags, program, run
+from experiments import asr, convert, data_flags, program, run, shared
 from experiments.flags import define_config, read_config
 from experiments.recipe import read_recipe
 
@@ -68,6 +69,12 @@ flags.DEFINE_float(
     "max_train_hours",
     5.0,
     "Train on so many hours at most, drawn at random from what is given.",
+    lower_bound=0.0,
+)
+flags.DEFINE_float(
+    "max_test_hours",
+    None,
+    "Test on so many hours at most of each split, drawn at random, the same for every --seed (default: all).",
     lower_bound=0.0,
 )
 define_config("batch", BATCH, skip=("shuffle", "seed", "batch_multiple"))
@@ -103,7 +110,9 @@ def experiment() -> None:
     # ---------------------------------------------------------------- data
     with workdir.stage("data"):
         audio, dev_set, test_sets = data_flags.open_data(splits, FLAGS.labels == "transcript")
-        audio = at_most(audio, FLAGS.max_train_hours, FLAGS.seed)
+        audio = at_most(audio, "max_train_hours", FLAGS.seed)
+        if FLAGS.max_test_hours is not None:
+            test_sets = {s: at_most(c, "max_test_hours", 0) for s, c in test_sets.items()}
         # Refuses batches that do not hold the audio before the teacher listens to it.
         BatchSource(audio, None, batch_config)
     workdir.begin()
@@ -113,7 +122,7 @@ def experiment() -> None:
             train_set = label_with_transcripts(audio, tokenizer)
         else:
             heard = teacher_texts(
-                workdir.path / "labels.jsonl",
+                (shared.place("labels") or workdir.path) / "labels.jsonl",
                 decoder(teacher.graphdef),
                 teacher.state,
                 audio,
@@ -143,8 +152,9 @@ def experiment() -> None:
     )
 
 
-def at_most(corpus: Corpus, hours: float, seed: int) -> Corpus:
-    """Utterances drawn at random, in the corpus's order, that last so many hours at most; the corpus if it does."""
+def at_most(corpus: Corpus, flag: str, seed: int) -> Corpus:
+    """Utterances drawn at random, in the corpus's order, that last the flag's hours at most; the corpus if it does."""
+    hours = float(FLAGS[flag].value)  # pyright: ignore[reportArgumentType]
     if corpus.hours <= hours:
         return corpus
     order = np.argsort(np.random.default_rng(seed).random(len(corpus)), kind="stable")
@@ -152,7 +162,7 @@ def at_most(corpus: Corpus, hours: float, seed: int) -> Corpus:
     chosen = order[samples <= hours * 3600 * SAMPLE_RATE]
     if not len(chosen):
         raise InputError(
-            f"--max_train_hours={hours:g} does not hold a single utterance of {corpus.name!r}: raise it"
+            f"--{flag}={hours:g} does not hold a single utterance of {corpus.name!r}: raise it"
         )
     return subset(corpus, sorted(chosen.tolist()))
 

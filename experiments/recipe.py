@@ -11,11 +11,12 @@ from edgespeech.conversion.run import ReplacementOrder
 from edgespeech.errors import InputError
 from edgespeech.nn.lpa import LPAConfig
 from edgespeech.training.loop import LoopConfig
-from experiments import distributed_flags, run
+from experiments import distributed_flags, run, shared
 from experiments.flags import define_config, int_list, read_config
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(run)
+flags.adopt_module_key_flags(shared)
 
 define_config("lpa", LPAConfig())
 flags.DEFINE_integer(

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, Protocol
 
 from flax import nnx
 
-from edgespeech.conversion.mixers import control_factory, lpa_factory
+from edgespeech.conversion.mixers import MixerFactory, control_factory, lpa_factory
 from edgespeech.conversion.run import Job, Progressive, Teacher, replacement_order, run_sweep
 from edgespeech.conversion.sweep import LayerError
 from edgespeech.interop.pretrained import AnyTokenizer, save_pretrained
-from experiments import run
+from experiments import run, shared
 from experiments.recipe import Recipe
 
 # Results of one model on the test data; `replace_layers` hands them on and does not look into them.
@@ -77,14 +77,25 @@ def replace_layers(
     """
     # ---------------------------------------------------------------- sweep
     job = Job(workdir.path, source, recipe.seed, recipe.loop)
-    with workdir.stage("sweep"):
-        pairs = [teacher.pairs(b) for b in itertools.islice(heldout.eval_batches(), num_heldout)]
-        pulses, errors = run_sweep(
-            "lpa", teacher, lpa_factory(recipe.lpa), recipe.sweep_steps, pairs, job
+
+    def sweep(name: str, factory: MixerFactory) -> tuple[list[nnx.Module], list[LayerError]]:
+        curriculum = recipe.distil.curriculum
+        return run_sweep(
+            name, teacher, factory, recipe.sweep_steps, pairs, job, curriculum=curriculum
         )
+
+    with workdir.stage("sweep"), shared.part("sweep", workdir.path, "checkpoints/sweep_lpa"):
+        pairs = [teacher.pairs(b) for b in itertools.islice(heldout.eval_batches(), num_heldout)]
+        pulses, errors = sweep("lpa", lpa_factory(recipe.lpa, recipe.distil.init))
     order = replacement_order(errors, recipe.order, recipe.seed)
     most = recipe.replaced[-1]
     run.say("order of replacement: " + " ".join(str(i + 1) for i in order))
+
+    def budget(path: Progressive, count: int) -> dict[str, int]:
+        return {
+            "updates": recipe.sweep_steps + recipe.distil.num_steps(count, most),
+            "trained_parameters": path.trained_parameters(),
+        }
 
     # ---------------------------------------------------------------- replace, distil, evaluate
     rows: list[dict[str, Any]] = []
@@ -96,19 +107,20 @@ def replace_layers(
             results = measure(f"lpa_{count}", path.state())
             hybrid = path.hybrid()
             bench.keep(hybrid, count, order, results)
-            rows.append(bench.row(results, count, order, hybrid))
+            rows.append(bench.row(results, count, order, hybrid) | budget(path, count))
             run.say(f"{count} of {len(order)} layers replaced: {bench.spoken(results)}")
 
     # ---------------------------------------------------------------- controls: same order, same budget
     controls: list[dict[str, Any]] = []
     for name in recipe.controls:
         with workdir.stage(f"control {name}"):
-            factory = control_factory(name, recipe.window)
-            mixers, _ = run_sweep(name, teacher, factory, recipe.sweep_steps, pairs, job)
+            factory = control_factory(name, recipe.window, recipe.distil.init)
+            mixers, _ = sweep(name, factory)
             path = Progressive(name, teacher, mixers, order[:most], recipe.distil, job)
             path.advance(most)
             results = bench.measure(path.graphdef)(f"control_{name}", path.state())
-            controls.append({"name": name} | bench.row(results, most, order, path.hybrid()))
+            row = bench.row(results, most, order, path.hybrid())
+            controls.append({"name": name} | row | budget(path, most))
             run.say(f"control {name} in {most} layers: {bench.spoken(results)}")
     return Replaced([_sweep_row(i, e) for i, e in enumerate(errors)], order, rows, controls, hybrid)
 

@@ -105,7 +105,7 @@ def test_words_of_a_path():
     path = [ids[c] if c != "_" else 0 for c in "__HH_I__  _  THE_E'_"]
     words = words_of_path(path, texts, 0.1)
     assert [word.text for word in words] == ["HI", "THEE'"]
-    np.testing.assert_allclose([word[1:] for word in words], [(0.2, 0.6), (1.3, 1.9)])
+    np.testing.assert_allclose([word[1:3] for word in words], [(0.2, 0.6), (1.3, 1.9)])
 
 
 def test_pieces_of_words():

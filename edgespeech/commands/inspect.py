@@ -43,6 +43,7 @@ def describe(model: Any, tokenizer: Any, about: dict[str, Any], seconds: float) 
     from edgespeech.models.sepformer import SepFormer
     from edgespeech.models.splitformer import Splitformer
     from edgespeech.models.wav2vec2 import count_parameters
+    from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits
     from edgespeech.types import SAMPLE_RATE
 
     config = model.config
@@ -83,7 +84,7 @@ def describe(model: Any, tokenizer: Any, about: dict[str, Any], seconds: float) 
         rows.append((name, mixer, f"{count_parameters(layer):,}", *counts, pulses(layer.mixer)))
     lines += ["", *_table(rows)]
 
-    if isinstance(model, Splitformer):
+    if isinstance(model, Splitformer | Wav2Vec2Exits):
         from edgespeech.models.exit_macs import exit_macs
 
         exits: list[tuple[str, ...]] = [("exit", "G MACs up to it")]

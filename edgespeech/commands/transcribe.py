@@ -1,15 +1,17 @@
-"""Write down what is said in audio files, with the time of every word."""
+"""Write down what is said in audio files, with the time of every word, or into the microphone."""
 
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgespeech.errors import InputError
 
 if TYPE_CHECKING:
     from edgespeech.inference.long_audio import Transcript
+    from edgespeech.inference.words import Word
 
 FORMATS = ("text", "json", "srt", "vtt")
 SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
@@ -17,7 +19,13 @@ SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("files", nargs="+", metavar="FILE", help="WAV, FLAC, Ogg or MP3, any rate")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="WAV, FLAC, Ogg or MP3, any rate")
+    parser.add_argument(
+        "--mic",
+        action="store_true",
+        help="the microphone until Ctrl-C, in place of files: as it is said by a model that streams (edge Conformer), "
+        "at the end by the others; needs the package sounddevice",
+    )
     parser.add_argument(
         "--model",
         required=True,
@@ -37,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Transcribes every file; one that cannot be read is named and the others are done all the same."""
+    if arguments.mic:
+        return _run_live(arguments)
+    if not arguments.files:
+        raise InputError("nothing to transcribe: name audio files, or give --mic")
     outputs = _outputs(arguments)
     from edgespeech.inference.long_audio import LongAudio
     from edgespeech.interop.ctc_model import open_ctc_model
@@ -69,24 +81,64 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _run_live(arguments: argparse.Namespace) -> int:
+    """Transcribes the microphone until Ctrl-C."""
+    if arguments.files or arguments.output or arguments.format != "text":
+        raise InputError(
+            "--mic writes text to the terminal: leave out files, --format and --output"
+        )
+    from edgespeech.inference.microphone import Microphone, until_ctrl_c
+
+    microphone = Microphone()  # before the model: without one there is nothing to load it for
+    from edgespeech.inference.live import write_text, write_words
+    from edgespeech.inference.long_audio import LongAudio
+    from edgespeech.interop.ctc_model import open_ctc_model
+    from edgespeech.models.edge_conformer import EdgeConformer
+
+    model, tokenizer, _ = open_ctc_model(arguments.model)
+    with until_ctrl_c() as stop:
+        blocks = microphone.blocks(stop)
+        if isinstance(model, EdgeConformer):
+            write_words(model, tokenizer, blocks, microphone.rate)
+        else:
+            settings = {
+                "segment_seconds": arguments.segment,
+                "overlap_seconds": arguments.overlap,
+            }
+            write_text(LongAudio(model, tokenizer, **settings), blocks, microphone.rate)
+    if microphone.lost:
+        print(
+            f"audio was lost {microphone.lost} times: this machine is too slow for the model",
+            file=sys.stderr,
+        )
+    return 0
+
+
 def render(transcript: "Transcript", form: str, name: str) -> str:
     """A transcript in one of `FORMATS`; JSON is one line a recording."""
     from edgespeech.inference.subtitles import srt, vtt
 
     if form == "json":
-        words = [
-            {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
-            for word in transcript.words
-        ]
-        facts = {"file": name, "seconds": round(transcript.seconds, 3)}
-        return (
-            json.dumps(facts | {"text": transcript.text, "words": words}, ensure_ascii=False) + "\n"
-        )
+        facts = {
+            "file": name,
+            "seconds": round(transcript.seconds, 3),
+            "text": transcript.text,
+            "words": word_facts(transcript.words),
+        }
+        return json.dumps(facts, ensure_ascii=False) + "\n"
     if form == "srt":
         return srt(transcript.words)
     if form == "vtt":
         return vtt(transcript.words)
     return transcript.text + "\n"
+
+
+def word_facts(words: "Iterable[Word]") -> list[dict[str, Any]]:
+    """Words for JSON: text, start and end in seconds."""
+    return [
+        {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
+        for word in words
+    ]
 
 
 def _outputs(arguments: argparse.Namespace) -> list[Path | None]:

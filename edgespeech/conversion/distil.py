@@ -3,18 +3,19 @@
 Layers are replaced one at a time in the sweep's order, each starting from its sweep weights and given a window of
 `steps_per_layer` steps in three phases (ours, after the digest of arXiv 2603.16922 that names the parts):
 
-    (a) the replacement alone learns           first 0.3 of the window
-    (b) with the feed-forward and the norms of all replaced layers ("FFN co-adaptation")
-    (c) the same with hard gates, straight through       from 0.6 on
+    (a) the replacement alone learns
+    (b) with the feed-forward and the norms of all replaced layers ("FFN co-adaptation"), from `co_adapt_from` on
+    (c) the same with hard gates, straight through, from `hard_from` on
 
-A layer that has passed its window stays hard and goes on learning with those that follow.
+A layer that has passed its window stays hard and goes on learning with those that follow. After the last window all
+replaced layers may go on together for `joint_steps` (ours).
 """
 
 import dataclasses
 import functools
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +25,14 @@ from jax.flatten_util import ravel_pytree
 from edgespeech.conversion.layers import mixer_layers
 from edgespeech.conversion.task import Prediction, Task
 from edgespeech.data.batching import Batch
-from edgespeech.nn.lpa import anneal
+from edgespeech.nn.lpa import Init, anneal
 from edgespeech.ops.mask import mask_from_lengths
 from edgespeech.training.state import LossFunction
 from edgespeech.types import Array, Bool, Float, Frames, Scalar
 
-CO_ADAPT_FROM = 0.3
-HARD_FROM = 0.6
+# Fields that are no weights of terms.
+_SCHEDULE = ("steps_per_layer", "learning_rate", "co_adapt")
+_NEWER = ("co_adapt_from", "hard_from", "curriculum", "init", "joint_steps", "final_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,14 @@ class DistilConfig:
         kl: weight of KL(teacher || student) over the logits, nats per token.
         hidden: weight of the relative MSE of the outputs of the replaced layers.
         co_adapt: train the feed-forward and norms of replaced layers as well (phase b).
+        co_adapt_from: part of its window, in [0, 1], after which a layer's phase (b) begins.
+        hard_from: part of its window, in [0, 1], after which a layer's gates are hard (phase c).
+        curriculum: temperatures fall and then gates harden, in the sweep and in each window. Off: the least temperature
+            and hard gates, straight through, from the first step of both.
+        init: what the value and output projections of an LPA start from in the sweep: the attention's, or random
+            values.
+        joint_steps: updates after the last window, in which all replaced layers learn together with hard gates.
+        final_rate: last learning rate of those over the peak, in [0, 1]; they start at the peak and fall by a cosine.
     """
 
     steps_per_layer: int = 36
@@ -50,6 +60,12 @@ class DistilConfig:
     kl: float = 1.0
     hidden: float = 1.0
     co_adapt: bool = True
+    co_adapt_from: float = 0.3
+    hard_from: float = 0.6
+    curriculum: bool = True
+    init: Init = "attention"
+    joint_steps: int = 0
+    final_rate: float = 0.01
 
     def __post_init__(self):
         if self.steps_per_layer < 1:
@@ -59,18 +75,50 @@ class DistilConfig:
                 raise ValueError(f"distil.{name} is {weight}: it must be at least 0")
         if self.learning_rate <= 0:
             raise ValueError(f"distil.learning_rate is {self.learning_rate}: it must be above 0")
+        for name in ("co_adapt_from", "hard_from", "final_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"distil.{name} is {getattr(self, name)}: it must be in [0, 1]")
+        if self.init not in get_args(Init):
+            raise ValueError(f"distil.init is {self.init!r}: choose attention or random")
+        if self.joint_steps < 0:
+            raise ValueError(f"distil.joint_steps is {self.joint_steps}: it must be at least 0")
 
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every term of the loss, by its name."""
-        others = ("steps_per_layer", "learning_rate", "co_adapt")
+        others = _SCHEDULE + _NEWER
         names = [field.name for field in dataclasses.fields(self) if field.name not in others]
         return {name: getattr(self, name) for name in names}
 
-    def schedule(self, step: Array) -> Scalar:
-        """Learning rate: a cosine from the peak to a tenth of it in every window."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with, plain JSON."""
+        # Checkpoints older than `_NEWER` were made with its defaults, and do not name it.
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in _NEWER or getattr(self, field.name) != field.default
+        }
+
+    def num_steps(self, count: int, most: int) -> int:
+        """Updates until `count` of `most` layers are replaced; the joint ones belong to the last."""
+        return count * self.steps_per_layer + (self.joint_steps if count == most else 0)
+
+    def schedule(self, step: Array, most: int) -> Scalar:
+        """Learning rate: a cosine from the peak to a tenth of it in every window, to `final_rate` of it after the last.
+
+        Args:
+            step: int32 scalar.
+            most: layers that are replaced in all, each with its window.
+        """
         phase = (step % self.steps_per_layer) / self.steps_per_layer
-        return self.learning_rate * (0.55 + 0.45 * jnp.cos(jnp.pi * phase))
+        rate = self.learning_rate * (0.55 + 0.45 * jnp.cos(jnp.pi * phase))
+        if not self.joint_steps:
+            return rate
+        after = step - most * self.steps_per_layer
+        phase = jnp.clip(after / self.joint_steps, 0.0, 1.0)
+        fall = self.final_rate + (1.0 - self.final_rate) * 0.5 * (1.0 + jnp.cos(jnp.pi * phase))
+        return jnp.where(after < 0, rate, self.learning_rate * fall)
 
 
 class Windows(NamedTuple):
@@ -101,10 +149,12 @@ def windows(order: tuple[int, ...], num_layers: int, step: Array, config: Distil
     elapsed = step - rank * config.steps_per_layer
     # Layers outside the order never become active, however long a run goes on.
     active = (elapsed >= 0) & (rank < never)
+    hard_from = config.hard_from if config.curriculum else 0.0
+    # Each part is at most a whole window: in the joint steps all are in their last phase.
     return Windows(
         active,
-        active & (elapsed >= _first_step(CO_ADAPT_FROM, config)) & config.co_adapt,
-        active & (elapsed >= _first_step(HARD_FROM, config)),
+        active & (elapsed >= _first_step(config.co_adapt_from, config)) & config.co_adapt,
+        active & (elapsed >= _first_step(hard_from, config)),
     )
 
 

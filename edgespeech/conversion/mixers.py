@@ -5,7 +5,7 @@ from collections.abc import Callable
 from flax import nnx
 
 from edgespeech.nn.attention import SelfAttention
-from edgespeech.nn.lpa import LPA, LPAConfig
+from edgespeech.nn.lpa import LPA, Init, LPAConfig
 from edgespeech.nn.rotary import RotarySelfAttention
 from edgespeech.nn.summary_mixing import SummaryMixing
 from edgespeech.nn.token_mixer_controls import Removed, sliding_window
@@ -26,20 +26,21 @@ CONTROLS = (*LPA_CONTROLS, "summary_mixing", "sliding_window", "removed")
 DEFAULT_CONTROLS = ("mean_only", "local_only", "removed")
 
 
-def lpa_factory(config: LPAConfig) -> MixerFactory:
-    """LPA with the attention's value and output projections."""
-    return lambda attention, rngs: LPA.from_attention(attention, config, rngs=rngs)
+def lpa_factory(config: LPAConfig, init: Init = "attention") -> MixerFactory:
+    """LPA with the attention's value and output projections, or with random ones."""
+    return lambda attention, rngs: LPA.from_attention(attention, config, rngs=rngs, init=init)
 
 
-def control_factory(name: str, window: int) -> MixerFactory:
+def control_factory(name: str, window: int, init: Init = "attention") -> MixerFactory:
     """The control of that name.
 
     Args:
         name: one of `CONTROLS`.
         window: frames to each side of a query that the sliding-window control sees.
+        init: of the controls that are LPAs; the others take over what they can of the attention.
     """
     if name in LPA_CONTROLS:
-        return lpa_factory(LPA_CONTROLS[name]())
+        return lpa_factory(LPA_CONTROLS[name](), init)
     if name == "summary_mixing":
         return lambda attention, rngs: SummaryMixing.from_attention(attention, rngs=rngs)
     if name == "sliding_window":

@@ -1,7 +1,7 @@
 """The two stages of a conversion, each resumable: the sweep over all layers, and progressive replacement."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,13 @@ from edgespeech.conversion.switch import finalise, install_switches
 from edgespeech.conversion.task import Task
 from edgespeech.data.batching import Batch, BatchSource
 from edgespeech.training.loop import LoopConfig, train
-from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
+from edgespeech.training.state import (
+    OptimizerConfig,
+    init_state,
+    make_optimizer,
+    make_step,
+    scheduled,
+)
 
 ReplacementOrder = Literal["mse", "relative_mse", "forward", "backward", "random"]
 
@@ -93,6 +99,7 @@ def run_sweep(
     heldout: Sequence[Pairs],
     job: Job,
     learning_rate: float = 3e-3,
+    curriculum: bool = True,
 ) -> tuple[list[nnx.Module], list[LayerError]]:
     """Trains one replacement for every layer side by side; returns them with their held-out errors.
 
@@ -104,6 +111,7 @@ def run_sweep(
         heldout: pairs of audio that is not trained on.
         job: see `Job`.
         learning_rate: peak of AdamW.
+        curriculum: see `DistilConfig`.
     """
     replacements = make_replacements(teacher.model, factory, job.seed)
     graphdef, params, rest = stack(replacements)
@@ -116,16 +124,18 @@ def run_sweep(
             learning_rate=learning_rate, clip=1e9, weight_decay=0.0, average_decay=0.0
         )
         optimizer = make_optimizer(config, num_steps, params)
+        objective = sweep_objective(graphdef, rest, variances, num_steps, curriculum)
+        settings: dict[str, Any] = {"steps": num_steps, "parameters": vector.size}
+        if not curriculum:  # older checkpoints do not name it
+            settings["curriculum"] = False
         state = train(
             f"sweep_{name}",
-            make_step(
-                sweep_objective(graphdef, rest, variances, num_steps), unravel, optimizer, 0.0
-            ),
+            make_step(objective, unravel, optimizer, 0.0),
             init_state(params, optimizer),
             job.source,
             num_steps,
             workdir=job.workdir,
-            settings={"steps": num_steps, "parameters": vector.size},
+            settings=settings,
             seed=job.seed,
             config=job.loop,
             prepare=teacher.pairs,
@@ -168,37 +178,46 @@ class Progressive:
         student.scan_layers = True
         self._graphdef, params, self._frozen = nnx.split(student, trainable(student), ...)
         _, self._unravel = ravel_pytree(params)
-        optimizer = optax.chain(
+        optimizer = scheduled(
             optax.clip_by_global_norm(1.0),
             optax.scale_by_adam(b1=0.9, b2=0.98),
-            optax.scale_by_schedule(lambda step: -config.schedule(jnp.asarray(step))),
+            schedule=lambda step: config.schedule(jnp.asarray(step), len(order)),
         )
+        self._mask = trained_mask(params, student, order, config)
         self._step = make_step(
             distil_objective(self._graphdef, teacher.task, order, config),
             self._unravel,
             optimizer,
             0.0,
-            trained_mask(params, student, order, config),
+            self._mask,
         )
         self._state = init_state(params, optimizer)
         self._count = 0
         self.graphdef = nnx.split(self._student())[0]
 
     def advance(self, count: int) -> None:
-        """Trains until so many layers are replaced; what an earlier run has trained is taken up."""
+        """Trains until so many layers are replaced; what an earlier run has trained is taken up.
+
+        The joint steps, if there are any, belong to the last layer of the order.
+        """
         self._state = train(
             f"convert_{self._name}",
             self._step,
             self._state,
             self._job.source,
-            count * self._config.steps_per_layer,
+            self._config.num_steps(count, len(self._order)),
             workdir=self._job.workdir,
-            settings={"order": [i + 1 for i in self._order], **asdict(self._config)},
+            settings={"order": [i + 1 for i in self._order], **self._config.settings},
             seed=self._job.seed,
             config=self._job.loop,
             prepare=lambda batch: self._teacher.lesson(batch, self._frozen),
         )
         self._count = count
+
+    def trained_parameters(self) -> int:
+        """How many parameters learn in the last step so far."""
+        last = self._config.num_steps(self._count, len(self._order)) - 1
+        return int(np.sum(np.asarray(self._mask(jnp.asarray(last))), dtype=np.int64))
 
     def _student(self) -> Any:
         """The model with switches, hard, as it stands."""

@@ -108,17 +108,23 @@ def squared_errors(graphdef: nnx.GraphDef, params, rest, pairs: Pairs) -> Float[
 
 
 def sweep_objective(
-    graphdef: nnx.GraphDef, rest: nnx.State, variances: Float[Array, "l"], num_steps: int
+    graphdef: nnx.GraphDef,
+    rest: nnx.State,
+    variances: Float[Array, "l"],
+    num_steps: int,
+    curriculum: bool = True,
 ) -> LossFunction:
     """Sum over layers of MSE / variance: no layer's gradient reaches another's parameters.
 
-    The variance divides so that no layer rules the clipping of the gradient; the report has both errors.
+    The variance divides so that no layer rules the clipping of the gradient; the report has both errors. Temperatures
+    follow `sweep_progress`; without the curriculum they are at their least, and gates hard, from the start.
     """
 
     def loss(params, pairs: Pairs, key, step):
         del key
         replacement = nnx.merge(graphdef, params, rest, copy=True)
-        anneal(replacement, *sweep_progress(step, num_steps))
+        cold = jnp.ones(()), jnp.ones(())
+        anneal(replacement, *(sweep_progress(step, num_steps) if curriculum else cold))
         _, params, state = nnx.split(replacement, nnx.Param, ...)
         count = jnp.maximum(jnp.sum(pairs.lengths), 1) * pairs.x.shape[-1]
         relative = squared_errors(graphdef, params, state, pairs) / count / variances

@@ -1,8 +1,9 @@
 """Reading audio files as 16 kHz mono, and changing the speed of audio."""
 
+import functools
 import os
 from fractions import Fraction
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -15,7 +16,31 @@ SAMPLE_RATE = (
 )
 # Lossy codecs and resampling overshoot 1 a little; integers stored as floats exceed it by far.
 MAX_AMPLITUDE = 2.0
-_BLOCK = 1 << 20
+RATES = (4_000, 384_000)  # Hz: from others, a small file would become a large array
+MOST_SECONDS = 3600.0  # of a file that is held whole: a small one may hold years of silence
+_BLOCK = 1 << 20  # samples of all channels read at once
+
+
+class _ForLibsndfile:
+    """A file object that libsndfile may call: a damaged file makes it seek to places that are none.
+
+    An exception would be lost in the library, which prints it; an unwanted position it understands.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        # Not `read`: what it returns may be longer than the library's buffer.
+        self.readinto, self.tell = getattr(file, "readinto"), file.tell  # noqa: B009, no BinaryIO has it
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (ValueError, OSError, OverflowError):
+            return self._file.tell()
+
+
+def _openable(file: str | os.PathLike | BinaryIO) -> Any:
+    return file if isinstance(file, str | os.PathLike) else _ForLibsndfile(file)
 
 
 class Recording(NamedTuple):
@@ -26,7 +51,11 @@ class Recording(NamedTuple):
     rate: int
 
 
-def read_audio(file: str | os.PathLike | BinaryIO, name: str | None = None) -> Recording:
+def read_audio(
+    file: str | os.PathLike | BinaryIO,
+    name: str | None = None,
+    most_seconds: float = MOST_SECONDS,
+) -> Recording:
     """Decode WAV, FLAC, Ogg (Vorbis, Opus) or MP3 to 16 kHz mono.
 
     Several channels become their mean; another rate is resampled by soxr at its high quality;
@@ -35,22 +64,34 @@ def read_audio(file: str | os.PathLike | BinaryIO, name: str | None = None) -> R
     Args:
         file: a path, or a binary file object.
         name: what error messages call it; the path, when not given.
+        most_seconds: a longer file is refused, and no more of it than this is decoded.
 
     Raises:
-        InputError: naming the file: unreadable, truncated, zero length, NaN or infinite samples,
-            amplitude far outside [-1, 1].
+        InputError: naming the file: unreadable, truncated, zero length, too long, a sample rate
+            that is none of audio, NaN or infinite samples, amplitude far outside [-1, 1].
     """
     name = name or (
         str(file) if isinstance(file, str | os.PathLike) else getattr(file, "name", "audio")
     )
-    blocks = []
+    blocks, length = [], 0
     try:
-        with soundfile.SoundFile(file) as sound:
+        with soundfile.SoundFile(_openable(file)) as sound:
             rate, channels, promised = sound.samplerate, sound.channels, sound.frames
+            require_rate(str(name), rate)
             # Not read(-1): a FLAC stream of unknown length claims 2**63 - 1 frames.
-            while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
-                blocks.append(block)
+            size = max(1, _BLOCK // channels)
+            while len(block := sound.read(size, dtype="float32", always_2d=True)):
+                length += len(block)
+                if length > most_seconds * rate:
+                    raise InputError(
+                        f"{name}: longer than {most_seconds:g} s, the most that is read at once; "
+                        "the fix: cut it into pieces"
+                    )
+                with np.errstate(over="ignore"):  # infinite samples are named below
+                    blocks.append(block[:, 0] if channels == 1 else block.mean(axis=1))
             container = sound.format
+    except InputError:
+        raise
     except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
         raise InputError(
             f"{name}: unreadable audio ({error}); "
@@ -64,7 +105,6 @@ def read_audio(file: str | os.PathLike | BinaryIO, name: str | None = None) -> R
             f"{name}: truncated: {len(samples)} of {promised} samples are there; "
             "the fix: fetch the file again"
         )
-    samples = samples[:, 0] if channels == 1 else samples.mean(axis=1)
     if not np.isfinite(samples).all():
         bad = int(np.count_nonzero(~np.isfinite(samples)))
         raise InputError(
@@ -85,9 +125,39 @@ def read_audio(file: str | os.PathLike | BinaryIO, name: str | None = None) -> R
     return Recording(np.clip(samples, -1.0, 1.0, dtype=np.float32), channels, rate)
 
 
+def require_rate(name: str | os.PathLike, rate: int) -> None:
+    """Refuses a sample rate (Hz) outside `RATES`, by an InputError that names the file."""
+    if not RATES[0] <= rate <= RATES[1]:
+        raise InputError(
+            f"{name}: the header says {rate} Hz; audio has {RATES[0]} to {RATES[1]}; "
+            "the fix: replace the file"
+        )
+
+
 def to_int16(samples: np.ndarray) -> np.ndarray:
     """Round float samples in [-1, 1] to int16, 1.0 being 32768 (clipped to 32767)."""
     return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
+
+
+def read_int16(file: str | os.PathLike | BinaryIO, name: str | None = None) -> np.ndarray:
+    """`to_int16(read_audio(file, name).samples)`; 16-bit mono audio at 16 kHz comes without the way through floats.
+
+    Raises:
+        InputError: as `read_audio`.
+    """
+    try:
+        with soundfile.SoundFile(_openable(file)) as sound:
+            kind = (sound.samplerate, sound.channels, sound.subtype)
+            # A stream of unknown length claims 2**63 - 1 frames.
+            if kind == (SAMPLE_RATE, 1, "PCM_16") and sound.frames <= MOST_SECONDS * SAMPLE_RATE:
+                samples = sound.read(dtype="int16")
+                if len(samples) == sound.frames > 0:
+                    return samples
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError):
+        pass  # `read_audio` says what is wrong
+    if not isinstance(file, str | os.PathLike):
+        file.seek(0)
+    return to_int16(read_audio(file, name).samples)
 
 
 def from_int16(samples: np.ndarray) -> np.ndarray:
@@ -95,6 +165,7 @@ def from_int16(samples: np.ndarray) -> np.ndarray:
     return samples.astype(np.float32) / np.float32(32768)
 
 
+@functools.lru_cache
 def _ratio(factor: float) -> Fraction:
     return Fraction(factor).limit_denominator(1000)
 

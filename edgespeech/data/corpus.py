@@ -1,7 +1,10 @@
 """What a corpus is: a table of utterances, their audio by row, and what was left out."""
 
 import os
+import struct
 import tempfile
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +15,12 @@ import numpy as np
 
 from edgespeech.data.audio import SAMPLE_RATE
 from edgespeech.errors import InputError
+
+# What reading a damaged `.npz` raises: of the archive, its packing, the headers of its arrays, and their sizes.
+MALFORMED_NPZ = (
+    *(OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError),
+    *(MemoryError, zipfile.BadZipFile, zlib.error, struct.error),
+)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from edgespeech.data.audio import SAMPLE_RATE, from_int16, read_audio, to_int16
+from edgespeech.data.audio import SAMPLE_RATE, from_int16, read_audio, read_int16, to_int16
 from edgespeech.data.corpus import Corpus, Skipped, Utterance, cache_folder, write_atomically
 from edgespeech.errors import InputError
 
@@ -123,7 +123,7 @@ class FolderCorpus(Corpus):
         path = self._paths[index]
         samples = self._memory.get(path)
         if samples is None:
-            samples = to_int16(read_audio(path).samples)
+            samples = read_int16(path)
             self._remember(path, samples)
         expected = self.utterances[index].num_samples
         if len(samples) != expected:

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,7 +22,13 @@ import numpy as np
 import soxr
 
 from edgespeech.data.audio import SAMPLE_RATE, from_int16, to_int16
-from edgespeech.data.corpus import Corpus, Utterance, cache_folder, write_atomically
+from edgespeech.data.corpus import (
+    MALFORMED_NPZ,
+    Corpus,
+    Utterance,
+    cache_folder,
+    write_atomically,
+)
 from edgespeech.data.phrases import sentences
 from edgespeech.errors import InputError
 
@@ -116,7 +121,7 @@ class SyntheticCorpus(Corpus):
         notes = []
         try:
             self._samples, lengths = _load(path, len(jobs))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except MALFORMED_NPZ as error:
             if not isinstance(error, FileNotFoundError):
                 notes.append(f"the cached audio was damaged ({error}): it was made again")
             audio = _render(split, config.seed, jobs)

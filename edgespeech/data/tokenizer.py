@@ -223,7 +223,7 @@ def load_tokenizer(folder: str | os.PathLike) -> CharTokenizer | SentencePieceTo
         ) from error
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} is damaged ({error!r}); the fix: save the tokenizer again"
         ) from error

@@ -7,6 +7,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from edgespeech.data.audio import require_rate
 from edgespeech.errors import InputError
 
 BLOCK = 1 << 16  # samples read or written at once
@@ -19,9 +20,11 @@ def unreadable(path: Path, reason: object) -> InputError:
 
 def read_blocks(sound: soundfile.SoundFile, path: Path) -> Iterator[np.ndarray]:
     """float32 `[c n]` blocks of a file."""
+    require_rate(path, sound.samplerate)
+    size = max(1, BLOCK // sound.channels)
     empty = True
     try:
-        while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
+        while len(block := sound.read(size, dtype="float32", always_2d=True)):
             if not np.isfinite(block).all():
                 raise unreadable(path, "NaN or infinite samples")
             empty = False

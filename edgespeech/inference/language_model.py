@@ -9,6 +9,7 @@ Katz, "Estimation of probabilities from sparse data", 1987. Natural logarithms h
 import gzip
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -18,6 +19,7 @@ from edgespeech.errors import InputError
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 # Where the file gives an unknown word no probability (ours): of base 10.
 UNKNOWN_LOG10 = -10.0
+MOST_CHARACTERS, MOST_DIGITS = 1 << 16, 40  # of a line; of one with a count
 _LN10 = math.log(10.0)
 
 Context: TypeAlias = tuple[str, ...]
@@ -95,11 +97,13 @@ def read_arpa(path: str | os.PathLike) -> NgramModel:
             break
         if line.startswith("ngram ") and order == 0:
             size, _, count = line[6:].partition("=")
-            if not (size.strip().isdigit() and count.strip().isdigit()):
+            is_count = size.strip().isdecimal() and count.strip().isdecimal()
+            if not is_count or len(line) > MOST_DIGITS:
                 raise _broken(path, number, "a count such as `ngram 1=200`", line)
             promised[int(size)] = int(count)
         elif line.startswith("\\") and line.endswith("-grams:"):
-            if not line[1:-7].isdigit() or int(line[1:-7]) not in promised:
+            is_count = line[1:-7].isdecimal() and len(line) <= MOST_DIGITS
+            if not is_count or int(line[1:-7]) not in promised:
                 raise _broken(path, number, "a section that the header counts", line)
             order = int(line[1:-7])
         elif line:
@@ -124,9 +128,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             if is_gzipped
             else path.open(encoding="utf-8") as file
         ):
-            for number, line in enumerate(file, 1):
+            # Not the file's own lines: one without an end would be as long as the file unpacked.
+            lines = iter(lambda: file.readline(MOST_CHARACTERS), "")
+            for number, line in enumerate(lines, 1):
+                if len(line) == MOST_CHARACTERS:
+                    raise _broken(path, number, f"shorter than {MOST_CHARACTERS} characters", line)
                 yield number, line.strip()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(
             f"{path}: unreadable language model ({error}): give an ARPA file, text or gzipped"
         ) from error
@@ -139,6 +147,8 @@ def _parse(path: Path, number: int, line: str, order: int) -> tuple[Context, Ent
         raise _broken(path, number, f"an n-gram of {order} words", line)
     try:
         log10 = [float(fields[0]), float(fields[order + 1]) if len(fields) == order + 2 else 0.0]
+        if not all(number < math.inf for number in log10):  # NaN neither
+            raise ValueError("no probability")
     except ValueError as error:
         raise _broken(path, number, "a logarithm of base 10", line) from error
     return tuple(fields[1 : order + 1]), Entry(log10[0] * _LN10, log10[1] * _LN10)

@@ -4,9 +4,11 @@
         --sweep=lpa.aperiodic=4,8,16 --sweep=seed=0..2 [-- FLAGS OF ALL TRIALS]
 
 --sweep takes FLAG=A,B,C, FLAG=FIRST..LAST (integers), and for --random and --search FLAG=0.1..0.5 (reals), with :log
-drawn on a logarithmic scale. Every trial has a folder in WORKDIR/trials, the program's --workdir, with its trial.log.
-WORKDIR gets sweep.json, table.md and plot.png. Ctrl-C makes the trials save and end; the same command goes on: it
-leaves finished trials alone and starts failed ones again. More values, or more trials, may be asked for then.
+drawn on a logarithmic scale. --rows=FILE has named settings of several flags each, {"NAME": {"FLAG": value}}, and each
+row runs with every setting of --sweep. Every trial has a folder in WORKDIR/trials, the program's --workdir, with its
+trial.log. WORKDIR gets sweep.json, table.md and, without --rows, plot.png. Ctrl-C makes the trials save and end; the
+same command goes on: it leaves finished trials alone and starts failed ones again. More values, or more trials, may be
+asked for then.
 
 Engines: local (on this machine), slurm, gke, tpu; --engine_flags goes to launch.ENGINE, and for local, where it is
 given, to launch.local. The folder must be one that this machine and the job both see; tpu copies it back.
@@ -24,8 +26,8 @@ from pathlib import Path
 from edgespeech.data.corpus import write_atomically
 from edgespeech.errors import InputError
 from launch import job
-from launch.sweep.search import Listed, OptunaSearch, Source
-from launch.sweep.space import draws, grid, parse_space
+from launch.sweep.search import Listed, OptunaSearch, Source, trials_of, trials_of_rows
+from launch.sweep.space import draws, folder_name, grid, parse_space, read_rows
 from launch.sweep.summary import draw, write_table
 from launch.sweep.trial import ENGINES, Process, Trial, engine_command, load_trial, score
 
@@ -91,6 +93,7 @@ class Sweep:
             "experiment": self._experiment,
             "flags": self._flags,
             "sweep": self._options.sweep,
+            "rows": self._options.rows,
             "metric": self._options.metric,
             "trials": [asdict(trial) for trial in self.trials.values()],
         }
@@ -100,6 +103,11 @@ class Sweep:
     def _begin(self, trial: Trial, source: Source) -> None:
         folder = self.workdir / "trials" / trial.name
         left = load_trial(folder)
+        if left and left.settings != trial.settings:
+            raise InputError(
+                f"{folder} was run with {folder_name(left.settings)}, and is asked for with "
+                f"{folder_name(trial.settings)}: give the row another name"
+            )
         if left and left.state == "finished":
             score(left, folder, self._options.metric)  # which may be another one today
             self._done(left, source)
@@ -132,6 +140,11 @@ def make_source(options: argparse.Namespace) -> Source:
     Raises:
         InputError: flags that do not go together, or see `space`.
     """
+    if options.rows:
+        if options.random or options.search or options.trials:
+            raise InputError("--rows runs every row: leave out --random, --search and --trials")
+        settings = grid(parse_space(options.sweep)) if options.sweep else [{}]
+        return Listed(trials_of_rows(options.rows, settings))
     space = parse_space(options.sweep)
     if options.search:
         if options.random or not options.trials:
@@ -140,7 +153,8 @@ def make_source(options: argparse.Namespace) -> Source:
         return OptunaSearch(space, options.trials, path, options.seed, options.maximise)
     if options.trials:
         raise InputError("--trials belongs to --search=optuna; --random=N draws N settings")
-    return Listed(draws(space, options.random, options.seed) if options.random else grid(space))
+    some = draws(space, options.random, options.seed) if options.random else grid(space)
+    return Listed(trials_of(some))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -151,6 +165,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     add("--experiment", required=True, help="module, such as experiments.lpa_librispeech")
     add("--workdir", required=True, help="folder of the sweep")
     add("--sweep", action="append", default=[], help="FLAG=VALUES, once for every flag")
+    add("--rows", help="JSON file of named settings, each with every setting of --sweep")
     add("--random", type=int, default=0, help="draw so many settings instead of the grid")
     add("--search", choices=["optuna"], help="let Optuna propose settings (extra `sweep`)")
     add("--trials", type=int, default=0, help="with --search: trials in all")
@@ -171,8 +186,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"--{name}={getattr(options, name)}: it must be at least 0")
     fixed = {flag.split("=")[0].lstrip("-") for flag in flags}
     swept = {text.split("=")[0].lstrip("-") for text in options.sweep}
+    options.rows = read_rows(Path(options.rows)) if options.rows else {}
+    swept |= {flag for row in options.rows.values() for flag in row}
+    given = "rows" if options.rows else "sweep"
     for name in sorted(swept & (fixed | {"workdir", "resume"})):
-        raise InputError(f"--sweep={name} and every trial is given --{name} as well: give it once")
+        raise InputError(
+            f"--{given}={name} and every trial is given --{name} as well: give it once"
+        )
     workdir = Path(options.workdir)
     sweep = Sweep(workdir, options.experiment, flags, options)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -183,7 +203,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         raise
     trials = list(sweep.trials.values())
     write_table(workdir / "table.md", trials, options.metric, options.maximise)
-    has_plot = draw(workdir / "plot.png", trials, options.metric)
+    # Rows differ in different flags: a picture over each of them would say nothing.
+    has_plot = not options.rows and draw(workdir / "plot.png", trials, options.metric)
     print(f"{workdir / 'table.md'}{', plot.png' if has_plot else ''}")
     return 1 if any(trial.state == "failed" for trial in trials) else 0
 

@@ -1,7 +1,7 @@
 """Where the settings of the next trial come from: a list of them, or Optuna."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,18 +25,38 @@ class Source(Protocol):
 
 
 class Listed:
-    """Trials of given settings, in order."""
+    """Given trials, in order."""
 
-    def __init__(self, settings: Sequence[Settings]):
-        self._left = iter(settings)
+    def __init__(self, trials: Sequence[Trial]):
+        self._left = iter(trials)
 
     def ask(self) -> Trial | None:
         """See `Source`."""
-        settings = next(self._left, None)
-        return None if settings is None else Trial(folder_name(settings), settings)
+        return next(self._left, None)
 
     def tell(self, trial: Trial) -> None:
         """See `Source`: what comes next is settled."""
+
+
+def trials_of(settings: Sequence[Settings]) -> list[Trial]:
+    """A trial for each of the settings, named after them."""
+    return [Trial(folder_name(one), one) for one in settings]
+
+
+def trials_of_rows(rows: Mapping[str, Settings], settings: Sequence[Settings]) -> list[Trial]:
+    """A trial for every row with each of the settings, named after both.
+
+    Raises:
+        InputError: a row has a flag that the settings have as well.
+    """
+    for name, flags in rows.items():
+        for flag in sorted(flags.keys() & {flag for one in settings for flag in one}):
+            raise InputError(f"row {name} has --{flag}, and --sweep has it as well: give it once")
+    return [
+        Trial(",".join(filter(None, (name, folder_name(one)))), {**flags, **one})
+        for name, flags in rows.items()
+        for one in settings
+    ]
 
 
 class OptunaSearch:

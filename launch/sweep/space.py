@@ -2,10 +2,12 @@
 
 import hashlib
 import itertools
+import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -123,6 +125,40 @@ def draws(space: Sequence[Parameter], count: int, seed: int) -> list[Settings]:
                 f"--random={count}: only {len(found)} different settings turned up; give a smaller number"
             )
     return found
+
+
+def read_rows(path: Path) -> dict[str, Settings]:
+    """Named settings: a JSON object of names with their flags, `{"wide": {"model.width": 64, "lpa.local": false}}`.
+
+    Raises:
+        InputError: no such file or form, or a name that is no file name.
+    """
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--rows={path} cannot be read as JSON: {error}") from error
+    if (
+        not isinstance(rows, dict)
+        or not rows
+        or not all(isinstance(r, dict) for r in rows.values())
+    ):
+        raise InputError(f'--rows={path}: give {{"NAME": {{"FLAG": value}}}}')
+    for name, flags in rows.items():
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise InputError(f"--rows={path} names a row {name!r}: give letters, digits, _ . + -")
+        for flag, value in flags.items():
+            if not re.fullmatch(r"[\w.]+", flag) or not isinstance(value, str | int | float):
+                raise InputError(
+                    f"--rows={path}, row {name}: {flag!r} is {value!r}; give FLAG: value"
+                )
+    return {
+        name: {flag: _flag_text(value) for flag, value in flags.items()}
+        for name, flags in rows.items()
+    }
+
+
+def _flag_text(value: str | float | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _draw(parameter: Parameter, fraction: float) -> str:

@@ -109,11 +109,57 @@ def test_compiled_phases_begin_at_the_exact_step(length):
 
 def test_learning_rate_by_hand():
     config = DistilConfig(steps_per_layer=10, learning_rate=2.0)
-    found = [float(config.schedule(jnp.asarray(step))) for step in range(20)]
+    found = [float(config.schedule(jnp.asarray(step), 2)) for step in range(20)]
     assert found[0] == pytest.approx(2.0)
     assert found[5] == pytest.approx(1.1)  # half way between the peak and a tenth of it
     cosine = 0.2 + 1.8 * (1 + np.cos(np.pi * np.arange(10) / 10)) / 2
     np.testing.assert_allclose(found, np.tile(cosine, 2), rtol=1e-5)
+
+
+def test_learning_rate_of_the_joint_steps():
+    """Two windows of 10, then 8 joint steps from the peak down to a quarter of it."""
+    config = DistilConfig(steps_per_layer=10, learning_rate=2.0, joint_steps=8, final_rate=0.25)
+    found = jax.jit(jax.vmap(lambda step: config.schedule(step, 2)))(jnp.arange(32))
+    windows_only = DistilConfig(steps_per_layer=10, learning_rate=2.0)
+    alone = [float(windows_only.schedule(jnp.asarray(step), 2)) for step in range(20)]
+    np.testing.assert_allclose(found[:20], alone, rtol=1e-6)
+    cosine = 0.5 + 1.5 * (1 + np.cos(np.pi * np.arange(8) / 8)) / 2
+    np.testing.assert_allclose(found[20:28], cosine, rtol=1e-5)
+    np.testing.assert_allclose(found[28:], 0.5, rtol=1e-6)
+    assert [config.num_steps(count, 2) for count in (0, 1, 2)] == [0, 10, 28]
+
+
+def test_phases_begin_where_the_numbers_say():
+    config = DistilConfig(steps_per_layer=10, co_adapt_from=0.5, hard_from=0.2)
+    table = {1: ALONE, 2: (1, 0, 1), 4: (1, 0, 1), 5: HARD, 9: HARD}
+    for step, expected in table.items():
+        assert as_table(windows(ORDER, 3, jnp.asarray(step), config)) == (OFF, OFF, expected)
+    # A whole window: only once the next one has begun, or the joint steps have.
+    late = DistilConfig(steps_per_layer=10, co_adapt_from=1.0, hard_from=1.0, joint_steps=5)
+    for step, expected in {
+        9: (OFF, OFF, ALONE),
+        10: (ALONE, OFF, HARD),
+        20: (HARD, OFF, HARD),
+    }.items():
+        assert as_table(windows(ORDER, 3, jnp.asarray(step), late)) == expected
+
+
+def test_without_the_curriculum_gates_are_hard_from_the_start():
+    config = DistilConfig(steps_per_layer=10, curriculum=False)
+    assert as_table(windows(ORDER, 3, jnp.asarray(0), config)) == (OFF, OFF, (1, 0, 1))
+    assert as_table(windows(ORDER, 3, jnp.asarray(3), config)) == (OFF, OFF, HARD)
+
+
+def test_settings_are_those_of_older_checkpoints():
+    old = {"steps_per_layer", "learning_rate", "kl", "hidden", "co_adapt", "ctc"}
+    assert CTCDistilConfig().settings.keys() == old
+    changed = CTCDistilConfig(joint_steps=3, init="random", hard_from=0.5)
+    assert changed.settings == CTCDistilConfig().settings | {
+        "joint_steps": 3,
+        "init": "random",
+        "hard_from": 0.5,
+    }
+    assert changed.weights == {"ctc": 1.0, "kl": 1.0, "hidden": 1.0}
 
 
 def test_trainable_by_name(setup):
@@ -262,8 +308,12 @@ def _jitted_loss(graphdef, order):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps_per_layer", 0), ("learning_rate", 0.0), ("ctc", -1.0), ("kl", -0.1), ("hidden", -2)],
+    [
+        *(("steps_per_layer", 0), ("learning_rate", 0.0), ("ctc", -1.0), ("kl", -0.1)),
+        *(("hidden", -2), ("co_adapt_from", -0.1), ("hard_from", 1.1), ("final_rate", 2.0)),
+        *(("joint_steps", -1), ("init", "zeros")),
+    ],
 )
 def test_values_out_of_range(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value}"):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}"):
         CTCDistilConfig(**{name: value})

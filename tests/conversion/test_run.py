@@ -1,5 +1,7 @@
 """The stages of a conversion: what is evaluated is what is saved, and an interrupted one goes on bit for bit."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -140,6 +142,76 @@ def test_interrupted_in_the_middle_then_resumed(teacher, unbroken, tmp_path, mon
             assert_same_bits(resumed.state(), states[count])
             assert_same_bits(nnx.state(resumed.hybrid()), nnx.state(hybrids[count]))
     assert rows(tmp_path) == metrics
+
+
+JOINT = dataclasses.replace(CONFIG, joint_steps=3, final_rate=0.5)
+
+
+@pytest.fixture(scope="module")
+def joint(teacher, tmp_path_factory):
+    """The path with three joint steps after both layers: workdir, state and hybrid after it, trained parameters."""
+    workdir = tmp_path_factory.mktemp("joint")
+    path = progressive(teacher, workdir, JOINT)
+    trained = []
+    for count in (1, 2):
+        path.advance(count)
+        trained.append(path.trained_parameters())
+    return workdir, path, trained
+
+
+def test_joint_steps_come_after_the_windows(unbroken, joint):
+    """Bit for bit the same up to there; then all that is replaced moves, and nothing else."""
+    workdir, path, _ = joint
+    before, after = unbroken[3], rows(workdir)
+    assert [row["step"] for row in after] == list(range(11))
+    assert after[:8] == before
+    changed = {}
+    for (name, new), (_, old) in zip(
+        nnx.to_flat_state(nnx.state(path.hybrid(), nnx.Param)),
+        nnx.to_flat_state(nnx.state(unbroken[2][2], nnx.Param)),
+        strict=True,
+    ):
+        changed[".".join(map(str, name))] = not np.array_equal(new[...], old[...])
+    replaced = tuple(f"layers.{layer}." for layer in ORDER)
+    assert all(name.startswith(replaced) for name, moved in changed.items() if moved)
+    for name, moved in changed.items():
+        if name.startswith(replaced) and name.endswith(("alpha", "v_proj.kernel", "expand.kernel")):
+            assert moved, name
+
+
+def test_joint_steps_interrupted_then_resumed(teacher, joint, tmp_path, monkeypatch):
+    workdir, unbroken_path, _ = joint
+    path, calls = progressive(teacher, tmp_path, JOINT), []
+
+    def failing(self, batch, frozen, lesson=Teacher.lesson):
+        calls.append(1)
+        if len(calls) > 9:
+            raise KeyboardInterrupt
+        return lesson(self, batch, frozen)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "lesson", failing)
+        with pytest.raises(KeyboardInterrupt):
+            advance(path)
+    assert len(rows(tmp_path)) == 9
+    resumed = progressive(teacher, tmp_path, JOINT)
+    advance(resumed)
+    assert_same_bits(resumed.state(), unbroken_path.state())
+    assert rows(tmp_path) == rows(workdir)
+
+
+def test_trained_parameters(teacher, joint):
+    """Those of the replacements, feed-forward networks and norms of the replaced layers."""
+    workdir, path, trained = joint
+    layers = path.hybrid().layers
+
+    def size(module):
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+    assert trained == [size(layers[2]), size(layers[2]) + size(layers[0])]
+    alone = progressive(teacher, workdir / "alone", dataclasses.replace(CONFIG, co_adapt=False))
+    alone._count = 1  # as after advance(1), without the training
+    assert alone.trained_parameters() == size(layers[2].mixer)
 
 
 def test_another_order_is_refused(teacher, unbroken):

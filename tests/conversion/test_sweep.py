@@ -23,6 +23,7 @@ from edgespeech.conversion.sweep import (
     sweep_progress,
     unstack,
 )
+from edgespeech.errors import InputError
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import LPA, LPAConfig, anneal
 from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
@@ -151,6 +152,48 @@ def test_objective_is_the_sum_of_relative_errors(pairs):
         value, metrics = loss(params, pairs, None, jnp.asarray(step))
         np.testing.assert_allclose(value, np.sum(relative), rtol=1e-5)
         np.testing.assert_allclose(metrics["relative_mse"], np.mean(relative), rtol=1e-5)
+
+
+def test_without_the_curriculum_it_is_cold_and_hard_from_the_start(pairs):
+    modules = replacements()
+    graphdef, params, rest = stack(modules)
+    variances = np.asarray(
+        [1.0, 1.0, 1e6]
+    )  # the third layer's targets are large and would hide the others
+    loss = jax.jit(sweep_objective(graphdef, rest, jnp.asarray(variances), 100, curriculum=False))
+    values = [float(loss(params, pairs, None, jnp.asarray(step))[0]) for step in (0, 30, 99)]
+    mse = [error.mse for error in layer_errors(graphdef, params, rest, [pairs])]
+    expected = np.sum(mse / variances)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    with_it = jax.jit(sweep_objective(graphdef, rest, jnp.asarray(variances), 100))
+    soft = [float(with_it(params, pairs, None, jnp.asarray(step))[0]) for step in (0, 30, 99)]
+    assert abs(soft[0] - expected) > 1e-3 * expected
+    np.testing.assert_allclose(soft[2], expected, rtol=1e-5)
+
+
+def test_a_sweep_without_the_curriculum_has_checkpoints_of_its_own(teacher, tmp_path):
+    heldout = [teacher.pairs(next(tone_source().eval_batches()))]
+    run_sweep("lpa", teacher, lpa_factory(SMALL_LPA), 2, heldout, job(tmp_path))
+    with pytest.raises(InputError, match="curriculum was None and is False"):
+        run_sweep(
+            "lpa", teacher, lpa_factory(SMALL_LPA), 2, heldout, job(tmp_path), curriculum=False
+        )
+
+
+def test_random_projections():
+    """Of the attention's sizes, and drawn as those of a new LPA are."""
+    attention = SelfAttention(16, 2, rngs=nnx.Rngs(0))
+    for factory in (
+        lpa_factory(LPAConfig.mean_only(), "random"),
+        control_factory("mean_only", 2, "random"),
+    ):
+        mixer = factory(attention, nnx.Rngs(1))
+        assert_same_bits(
+            nnx.state(mixer), nnx.state(LPA(16, 2, LPAConfig.mean_only(), rngs=nnx.Rngs(1)))
+        )
+        for name in ("v_proj", "out_proj"):
+            ours, theirs = (getattr(m, name).kernel[...] for m in (mixer, attention))
+            assert np.abs(ours - theirs).min() > 0
 
 
 def test_progress_table():

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from edgespeech import types
 from edgespeech.data import audio
-from edgespeech.data.audio import change_speed, from_int16, read_audio, speed_length, to_int16
+from edgespeech.data.audio import (
+    change_speed,
+    from_int16,
+    read_audio,
+    read_int16,
+    speed_length,
+    to_int16,
+)
 from edgespeech.errors import InputError
 
 
@@ -36,6 +43,45 @@ def test_int16_files_come_back_exactly(tmp_path, suffix):
     assert recording.samples.dtype == np.float32
     np.testing.assert_array_equal(recording.samples, samples / 32768)
     assert (recording.channels, recording.rate) == (1, 16000)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "subtype", "rate", "channels"),
+    [
+        ("wav", "PCM_16", 16000, 1),
+        ("flac", "PCM_16", 16000, 1),
+        ("flac", "PCM_24", 16000, 1),
+        ("wav", "FLOAT", 16000, 1),
+        ("flac", "PCM_16", 8000, 1),
+        ("flac", "PCM_16", 16000, 2),
+        ("ogg", "OPUS", 48000, 1),
+    ],
+)
+def test_integers_are_those_by_way_of_floats(tmp_path, suffix, subtype, rate, channels):
+    noise = np.random.default_rng(1).uniform(-1.0, 1.0, (4000, channels))
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, noise, rate, subtype=subtype)
+    expected = to_int16(read_audio(path).samples)
+    for file in (path, io.BytesIO(path.read_bytes())):
+        found = read_int16(file)
+        assert found.dtype == np.int16
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_faults_are_named_on_the_short_way_too(tmp_path):
+    path = tmp_path / "a.flac"
+    noise = np.random.default_rng(1).integers(-9000, 9000, 40_000).astype(np.int16)
+    soundfile.write(path, noise, 16000)
+    content = path.read_bytes()
+    for broken in (content[: len(content) // 2], content[:20], b""):
+        path.write_bytes(broken)
+        with pytest.raises(InputError) as long:
+            read_audio(path)
+        with pytest.raises(InputError) as short:
+            read_int16(path)
+        assert str(short.value) == str(long.value)
+    with pytest.raises(InputError, match="clip: unreadable"):
+        read_int16(io.BytesIO(b"no audio"), "clip")
 
 
 def test_stereo_becomes_the_mean_of_its_channels(tmp_path):

@@ -77,9 +77,15 @@ def arguments(root, work="work"):
             f"--workdir={root / work}",
             f"--data_dir={root / 'data'}",
             f"--teacher={root / 'teacher'}",
+            f"--shared={root / 'shared'}",
         ),
         *RUN,
     ]
+
+
+def labels_path(run):
+    (path,) = (run.root / "shared").glob("labels-*/labels.jsonl")
+    return path
 
 
 def test_the_teacher_against_itself_makes_no_error(finished):
@@ -111,7 +117,7 @@ def test_report(finished):
 
 
 def test_labels_are_what_the_teacher_hears(finished):
-    lines = (finished.root / "work" / "labels.jsonl").read_text().splitlines()
+    lines = labels_path(finished).read_text().splitlines()
     rows = {row["id"]: row for row in map(json.loads, lines)}
     source = BatchSource(
         FolderCorpus(finished.root / "data", "train", require_text=False), None, BATCH
@@ -156,7 +162,7 @@ def test_hybrids_are_scored_the_same_by_the_other_program(finished):
 
 
 def test_a_resumed_run_equals_an_unbroken_one(finished):
-    """What a run leaves that is killed in the second window of its conversion: labels, the sweep, step 4 of 6."""
+    """What a run leaves that is killed in the second window of its conversion: the sweep, step 4 of 6."""
     root = finished.root
     shutil.copytree(root / "work", root / "broken")
     broken = root / "broken"
@@ -173,8 +179,37 @@ def test_a_resumed_run_equals_an_unbroken_one(finished):
     for key in ("data", "teacher", "sweep", "order", "controls", "notes"):
         assert after[key] == finished.report[key], key
     assert after["hybrids"][1] == finished.report["hybrids"][1]
-    for name in ("labels.jsonl", "hybrid_2/weights.safetensors"):
-        assert (broken / name).read_bytes() == (root / "work" / name).read_bytes()
+    name = "hybrid_2/weights.safetensors"
+    assert (broken / name).read_bytes() == (root / "work" / name).read_bytes()
+
+
+def test_a_row_of_an_ablation_shares_labels_and_sweep(finished):
+    """Another seed's test set is the same; what is shared is not worked out again."""
+    labels = labels_path(finished)
+    before = labels.read_bytes()
+    changed = ["--controls=none", "--distil.kl=0", "--distil.joint_steps=2"]
+    changed += ["--distil.steps_per_layer=2", "--max_test_hours=0.0004"]
+    done = finished.start(*arguments(finished.root, "row"), *changed)
+    assert done.returncode == 0, done.stderr
+    assert labels.read_bytes() == before
+    row = finished.root / "row"
+    report, first = json.loads((row / "report.json").read_text()), finished.report
+    assert report["sweep"] == first["sweep"]
+    stages = {path.stem for path in (row / "metrics").iterdir()}
+    assert stages == {"convert_lpa"}
+    # Metrics are written where `advance` ends: after one window of 2, and after the other with 2 joint steps.
+    metrics = (row / "metrics" / "convert_lpa.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [1, 5]
+    # 1.44 s of test audio; a score on fewer utterances is no other run's.
+    assert 0 < report["data"]["test"]["hours"] <= 0.0004 < first["data"]["test"]["hours"]
+    lines = (row / "hypotheses" / "teacher.jsonl").read_text().splitlines()
+    assert len(lines) == report["data"]["test"]["utterances"] < first["data"]["test"]["utterances"]
+    assert len(list((finished.root / "shared").glob("score-*"))) == 2
+    assert len(list((finished.root / "shared").glob("sweep-*"))) == 1
+    # Sweep of 3 and two windows of 2, the joint steps with the last; all windows of 3 in the first run.
+    assert [hybrid["updates"] for hybrid in report["hybrids"]] == [5, 9]
+    assert [hybrid["updates"] for hybrid in first["hybrids"]] == [6, 9]
+    assert first["controls"][0]["updates"] == 9
 
 
 def test_without_the_wheel(tmp_path):

@@ -8,10 +8,11 @@ import pytest
 import soxr
 from flax import nnx
 
-from edgespeech.data.tokenizer import CharTokenizer, SentencePieceTokenizer
+from edgespeech.data.tokenizer import CharTokenizer, SentencePieceTokenizer, ctc_collapse
 from edgespeech.errors import InputError
-from edgespeech.inference.stream_words import MAX_WORD_TOKENS, GreedyWords, Vocabulary, Word
+from edgespeech.inference.stream_words import MAX_WORD_TOKENS, GreedyWords, ends_word
 from edgespeech.inference.streaming import Streamer
+from edgespeech.inference.words import Word, text_of, token_texts, words_of_path
 from edgespeech.models.edge_conformer import EdgeConformer
 from edgespeech.models.edge_conformer_config import EdgeConformerConfig
 from tests.support.modules import randomize
@@ -221,7 +222,7 @@ def test_settings(model):
 
 
 def greedy_words(endpoint_seconds=10.0):
-    return GreedyWords(Vocabulary(TOKENIZER, 5), 0.04, endpoint_seconds)
+    return GreedyWords(token_texts(TOKENIZER), 0.04, endpoint_seconds)
 
 
 def test_partial_and_final_words():
@@ -268,13 +269,23 @@ def test_a_word_without_end_is_cut():
 
 def test_limits_of_words_in_sentence_pieces():
     tokenizer = SentencePieceTokenizer.train(["BEES SEE BAD BEADS", "A BAD SEED"], 14)
-    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
+    texts = token_texts(tokenizer)
     pieces = [tokenizer._processor.id_to_piece(i) for i in range(14)]
-    want = [piece.startswith("\u2581") for piece in pieces]
-    np.testing.assert_array_equal(vocabulary.starts_word, want)
-    words = GreedyWords(vocabulary, 0.04, 10.0)
+    want = [i == 0 or piece.startswith("\u2581") for i, piece in enumerate(pieces)]
+    np.testing.assert_array_equal(ends_word(texts), want)
+    words = GreedyWords(texts, 0.04, 10.0)
     path = np.array(tokenizer.encode("BAD BEADS SEE"))
     blanks = np.zeros_like(path)
     path = np.stack([path, blanks], 1).reshape(-1)
     final = words.push(path, np.zeros(len(path))) + words.end()
     assert [word.text for word in final] == ["BAD", "BEADS", "SEE"]
+
+
+def test_without_a_pause_the_words_are_those_of_a_recording():
+    texts = token_texts(TOKENIZER)
+    path = np.random.default_rng(0).choice(5, size=300, p=[0.3, 0.2, 0.2, 0.2, 0.1])
+    words = GreedyWords(texts, 0.04, 1e9)
+    got = words.push(path, np.zeros(len(path))) + words.end()
+    assert len(got) > 30
+    assert got == words_of_path(path, texts, 0.04)
+    assert text_of(got) == TOKENIZER.decode(ctc_collapse(path))

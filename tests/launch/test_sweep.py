@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgespeech.errors import InputError
-from launch.sweep.space import draws, folder_name, grid, parse_parameter, parse_space
+from launch.sweep.space import draws, folder_name, grid, parse_parameter, parse_space, read_rows
 from launch.sweep.summary import as_numbers, by_settings, draw, write_table
 from launch.sweep.trial import Trial, engine_command, read_metric
 from tests.support.signals import hearing_ctrl_c
@@ -179,6 +179,52 @@ def test_a_run_that_outlived_its_sweep_is_not_doubled(sweep):
     wait_for(lambda: sweep(*GRID[:1]).returncode == 0)
 
 
+def test_rows_run_with_every_setting_of_the_grid(sweep, tmp_path):
+    rows = {"default": {}, "wide": {"width": 8, "rate": 0.5}, "plain": {"kind": "x"}}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    command = ["--rows=rows.json", "--sweep=seed=0,2"]
+    done = sweep(*command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "out/table.md\n"
+    kept = json.loads((sweep.out / "sweep.json").read_text())
+    assert kept["rows"]["wide"] == {"width": "8", "rate": "0.5"}
+    found = {trial["name"]: (trial["settings"], trial["value"]) for trial in kept["trials"]}
+    assert list(found) == [f"{row},seed={seed}" for row in rows for seed in (0, 2)]
+    settings, value = found["wide,seed=2"]
+    assert settings == {"width": "8", "rate": "0.5", "seed": "2"}
+    assert value == pytest.approx(0.08 + 0.5 + 0.002)
+
+    # A row that is new runs alone; one that has changed is refused.
+    (tmp_path / "rows.json").write_text(json.dumps(rows | {"narrow": {"width": 1}}))
+    assert sweep(*command).returncode == 0
+    assert set(starts(sweep.out).values()) == {1}
+    assert len(starts(sweep.out)) == 8
+    (tmp_path / "rows.json").write_text(json.dumps(rows | {"wide": {"width": 9}}))
+    done = sweep(*command)
+    assert done.returncode == 2
+    assert "wide,seed=0 was run with width=8,rate=0.5,seed=0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "message"),
+    [
+        ("[1]", [], 'give {"NAME": {"FLAG": value}}'),
+        ("{", [], "rows.json cannot be read as JSON"),
+        ('{"a b": {}}', [], "names a row 'a b'"),
+        ('{"a": {"width": [1]}}', [], "'width' is [1]"),
+        ('{"a": {"width": 1}}', ["--sweep=width=1,2"], "row a has --width, and --sweep has it"),
+        ('{"a": {"width": 1}}', ["--random=1"], "leave out --random"),
+        ('{"a": {"width": 1}}', ["--", "--width=2"], "--rows=width and every trial is given"),
+    ],
+)
+def test_bad_rows(sweep, tmp_path, rows, arguments, message):
+    (tmp_path / "rows.json").write_text(rows)
+    done = sweep("--rows=rows.json", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not list(sweep.out.glob("trials/*"))
+
+
 def test_another_program_or_other_flags_are_refused(sweep):
     assert sweep("--sweep=width=1").returncode == 0
     other = sweep("--sweep=width=1", "--", "--rate=1")
@@ -269,6 +315,17 @@ def test_parameters():
     for wrong in ("seed", "=1", "seed=", "a=1,,2", "a=1,1", "a=2..1", "a=0..1:log", "a=0..9999999"):
         with pytest.raises(InputError, match=re.escape(f"--sweep={wrong}")):
             parse_parameter(wrong)
+
+
+def test_values_of_rows_are_those_of_a_command_line(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(
+        '{"a": {"lpa.local": false, "rate": 1e-4, "order": "mse", "steps": 3}, "b": {}}'
+    )
+    assert read_rows(path) == {
+        "a": {"lpa.local": "false", "rate": "0.0001", "order": "mse", "steps": "3"},
+        "b": {},
+    }
 
 
 def test_grid_order():
