@@ -278,10 +278,14 @@ def _load_table(path: Path) -> tuple[dict[str, _Entry], list[str]]:
         table = json.loads(path.read_bytes())
         if table["version"] != _TABLE_VERSION:
             return {}, []
-        return {name: _Entry(*row) for name, row in table["files"].items()}, []
+        entries = {name: _Entry(*row) for name, row in table["files"].items()}
+        for entry in entries.values():
+            if [type(value) for value in entry] != [int] * 5 + [str] or min(entry[:5]) < 0:
+                raise ValueError(f"an entry is {entry}")
+        return entries, []
     except FileNotFoundError:
         return {}, []
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}, ["the cached table of lengths was damaged: it was made again"]
 
 
