@@ -22,7 +22,7 @@ from tests.support.tiny import ToneCorpus, tone, write_librispeech
 PROGRAM = "experiments.lpa_sepformer"
 SHARED = {
     f"experiments.{name}"
-    for name in ("data_flags", "distributed_flags", "program", "recipe", "run")
+    for name in ("data_flags", "distributed_flags", "program", "recipe", "run", "shared")
 }
 TOY = [
     *("--model.width=8", "--model.kernel_size=128", "--model.chunk_length=10"),
