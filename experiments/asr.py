@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from edgespeech.conversion.capture import capture
+from edgespeech.conversion.capture import capture_gates
 from edgespeech.conversion.layers import mixer_layers
 from edgespeech.conversion.task import Task
 from edgespeech.data.batching import Batch, BatchSource
@@ -20,7 +20,6 @@ from edgespeech.evaluation.decode import Decoder
 from edgespeech.evaluation.plots import loss_curves, pulses_over_spectrogram, sweep_bars, wer_curve
 from edgespeech.evaluation.wer import WerResult, paired_bootstrap, score
 from edgespeech.models.wav2vec2 import count_parameters
-from edgespeech.nn.lpa import LPA
 from edgespeech.ops.features import log_mel
 from edgespeech.training.metrics import read_metrics
 
@@ -213,16 +212,15 @@ def draw(workdir: Path, report: dict, hybrid: Any, task: Task, source: BatchSour
     samples = int(batch.audio_lengths[row])
     alone = Batch(*(part[row : row + 1] for part in batch))
     alone = alone._replace(audio=alone.audio[:, :samples])
-    _, calls = capture(hybrid, alone, call=task.forward)
+    _, found = capture_gates(hybrid, alone, call=task.forward)
     mel = np.asarray(log_mel(jnp.asarray(alone.audio))[0])
     text = source.corpus.utterances[int(batch.index[row])].text
-    for number, layer in enumerate(mixer_layers(hybrid).values(), 1):
-        if isinstance(layer.mixer, LPA):
-            gates = layer.mixer.gates(calls[number - 1].x, calls[number - 1].lengths)
+    for number, path in enumerate(mixer_layers(hybrid), 1):
+        if path in found:
             pulses_over_spectrogram(
                 plots / f"pulses_layer{number:02d}.png",
                 mel,
-                {kind: np.asarray(gate[0, 0]) for kind, gate in gates.items()},
+                {kind: np.asarray(gate[0, 0]) for kind, gate in found[path].kinds.items()},
                 hybrid.config.frame_seconds,
                 f"Hard pulses of layer {number}, head 1 ({note}): {text}",
             )

@@ -22,11 +22,10 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from edgespeech.conversion.capture import capture
+from edgespeech.conversion.capture import capture_gates
 from edgespeech.conversion.layers import mixer_layers
 from edgespeech.data.batching import BatchConfig, BatchSource
 from edgespeech.data.corpus import subset
-from edgespeech.data.sources import KINDS, open_corpus
 from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
 from edgespeech.evaluation.boundaries import align, boundaries, pulse_widths, token_spans
@@ -47,10 +46,10 @@ from edgespeech.nn.lpa import LPA
 from edgespeech.ops.ctc import BLANK, ctc_log_probs
 from edgespeech.ops.features import log_mel
 from edgespeech.ops.pulse import log_spaced_periods
-from experiments import asr, program
+from experiments import asr, program, split_flags
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(program)
+flags.adopt_module_key_flags(split_flags)
 
 flags.DEFINE_string("checkpoint", None, "A saved hybrid, such as WORKDIR/hybrid_8.", required=True)
 flags.DEFINE_string(
@@ -59,14 +58,6 @@ flags.DEFINE_string(
     "The CTC model that says where words are: a saved one, or a wav2vec2 checkpoint of Hugging Face.",
     required=True,
 )
-flags.DEFINE_enum(
-    "data",
-    "folder",
-    KINDS,
-    "synthetic: espeak-ng voices; folder: LibriSpeech trees; tfds: prepared shards.",
-)
-flags.DEFINE_list("data_dir", [], "Folders of --data=folder or tfds.")
-flags.DEFINE_string("split", "test", "Split with transcripts; several joined by +.")
 flags.DEFINE_integer(
     "utterances", 50, "So many utterances at most, spread over the split.", lower_bound=1
 )
@@ -99,9 +90,7 @@ def experiment() -> None:
         raise InputError(
             f"--aligner={FLAGS.aligner} is a {type(aligner).__name__}: give a model with a CTC head"
         )
-    corpus = open_corpus(
-        FLAGS.data, FLAGS.split, data_dir=FLAGS.data_dir, cache_dir=FLAGS.cache_dir
-    )
+    corpus = split_flags.open_split()
     spread = np.linspace(0, len(corpus) - 1, min(FLAGS.utterances, len(corpus))).round()
     corpus = subset(corpus, spread.astype(int).tolist())
     config = BatchConfig(batch_seconds=60, max_seconds=30, shuffle=False)
@@ -145,7 +134,8 @@ def open_subject(model: Any) -> Subject:
     Raises:
         InputError: it has no LPA with pulses that content places.
     """
-    layers = enumerate(mixer_layers(model).values(), 1)
+    numbers = {path: number for number, path in enumerate(mixer_layers(model), 1)}
+    layers = zip(numbers.values(), mixer_layers(model).values(), strict=True)
     lpas = {number: layer.mixer for number, layer in layers if isinstance(layer.mixer, LPA)}
     if not any(lpa.config.aperiodic or lpa.config.runs for lpa in lpas.values()):
         raise InputError(
@@ -157,17 +147,10 @@ def open_subject(model: Any) -> Subject:
     def gates(state, audio, lengths):
         hybrid = nnx.merge(graphdef, state)
         call = Moonshine.encode if isinstance(hybrid, Moonshine) else None
-        _, calls = capture(hybrid, audio, lengths, call=call)
-        mixers = [layer.mixer for layer in mixer_layers(hybrid).values()]
+        _, found = capture_gates(hybrid, audio, lengths, call=call)
         return {
-            number: {
-                kind: gate > 0.5
-                for kind, gate in mixers[number - 1]
-                .gates(calls[number - 1].x, calls[number - 1].lengths)
-                .items()
-                if kind in PLACED
-            }
-            for number in lpas
+            numbers[path]: {kind: gate > 0.5 for kind, gate in kinds.items() if kind in PLACED}
+            for path, (kinds, _) in found.items()
         }
 
     return Subject(lpas, lambda audio, lengths: gates(state, audio, lengths), model.config)

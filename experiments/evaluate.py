@@ -21,17 +21,16 @@ import jax
 from absl import flags
 
 from edgespeech.data.batching import BatchConfig, BatchSource
-from edgespeech.data.sources import KINDS, open_corpus
 from edgespeech.errors import InputError
 from edgespeech.evaluation.machine import device, versions
 from edgespeech.interop.open_model import open_model
 from edgespeech.models.sepformer import SepFormer
 from edgespeech.models.wav2vec2 import Padding
-from experiments import asr, decoders, program
+from experiments import asr, decoders, program, split_flags
 from experiments.decoders import make_decoder
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(program)
+flags.adopt_module_key_flags(split_flags)
 flags.adopt_module_key_flags(decoders)
 
 flags.DEFINE_string(
@@ -41,14 +40,6 @@ flags.DEFINE_string(
     "Face, its folder or its hub id, or 'wheel'.",
     required=True,
 )
-flags.DEFINE_enum(
-    "data",
-    "folder",
-    KINDS,
-    "synthetic: espeak-ng voices; folder: LibriSpeech trees; tfds: prepared shards.",
-)
-flags.DEFINE_list("data_dir", [], "Folders of --data=folder or tfds.")
-flags.DEFINE_string("split", "test", "Split to score; several joined by +.")
 flags.DEFINE_float(
     "batch_seconds", 120.0, "Most seconds of padded audio in a batch.", lower_bound=1.0
 )
@@ -75,9 +66,7 @@ def experiment() -> None:
         raise InputError(
             f"--checkpoint={FLAGS.checkpoint} is not a folder to write to: name one for the results, --output=DIR"
         )
-    corpus = open_corpus(
-        FLAGS.data, FLAGS.split, data_dir=FLAGS.data_dir, cache_dir=FLAGS.cache_dir
-    )
+    corpus = split_flags.open_split()
     longest = max(u.num_samples for u in corpus.utterances) / 16_000
     config = BatchConfig(
         batch_seconds=max(FLAGS.batch_seconds, (longest + 0.08) * jax.local_device_count()),

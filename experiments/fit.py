@@ -1,6 +1,5 @@
 """Training a model from scratch, whatever its loss."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from edgespeech.training.state import (
     LossFunction,
     OptimizerConfig,
     StatefulLossFunction,
+    checkpoint_settings,
     init_state,
     make_optimizer,
     make_step,
@@ -49,10 +49,8 @@ def fit(
     """
     _, unravel = ravel_pytree(params)
     transformation = make_optimizer(optimizer, num_steps, params)
-    optimizer_settings = dataclasses.asdict(optimizer)
-    if optimizer.accumulate == 1:  # older checkpoints do not name it
-        del optimizer_settings["accumulate"]
-    settings = {"steps": num_steps, **settings, "optimizer": optimizer_settings}
+    own = checkpoint_settings(optimizer, newer=("accumulate",))
+    settings = {"steps": num_steps, **settings, "optimizer": own}
     state = train(
         stage,
         make_step(loss, unravel, transformation, optimizer.average_decay),

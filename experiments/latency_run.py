@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from typing import Any
 
 from absl import flags
 
-from edgespeech.data.corpus import write_atomically
 from edgespeech.errors import InputError
 from edgespeech.evaluation.latency_peers import PACKAGES
 from edgespeech.evaluation.machine import device, versions
@@ -42,8 +40,7 @@ def facts(threads: int) -> dict[str, Any]:
 def write_json(result: dict) -> None:
     """Writes the results to --json, if it is given."""
     if FLAGS.json:
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        write_atomically(Path(FLAGS.json), lambda file: file.write(text.encode()))
+        program.write_json(FLAGS.json, result)
 
 
 def say(text: str) -> None:

@@ -14,7 +14,6 @@ cores, in which all contenders run in turn.
 
 import datetime
 import importlib.metadata
-import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 
 from absl import flags
 
-from edgespeech.data.corpus import write_atomically
 from edgespeech.errors import InputError
 from edgespeech.evaluation.latency_layouts import (
     CHANNELS_FIRST,
@@ -78,8 +76,7 @@ def experiment() -> None:
     }
     print(render(result))
     if FLAGS.json:
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        write_atomically(Path(FLAGS.json), lambda file: file.write(text.encode()))
+        program.write_json(FLAGS.json, result)
     worst = max(row["difference"] for row in rows)
     if worst > TOLERANCE:
         raise InputError(f"the layouts differ by {worst:.2g}: the times compare nothing")

@@ -23,7 +23,6 @@ from absl import flags
 from flax import nnx
 
 from edgespeech.data.batching import Batch
-from edgespeech.data.sources import KINDS, open_corpus
 from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
 from edgespeech.evaluation.decode import Decoder, GreedyDecoder, Seq2SeqDecoder
@@ -46,10 +45,10 @@ from edgespeech.interop.open_model import open_model
 from edgespeech.models.moonshine import Moonshine
 from edgespeech.models.wav2vec2 import Wav2Vec2
 from edgespeech.types import SAMPLE_RATE
-from experiments import asr, program
+from experiments import asr, program, split_flags
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(program)
+flags.adopt_module_key_flags(split_flags)
 
 flags.DEFINE_list(
     "checkpoints",
@@ -58,14 +57,6 @@ flags.DEFINE_list(
     "compared with the first.",
     required=True,
 )
-flags.DEFINE_enum(
-    "data",
-    "folder",
-    KINDS,
-    "synthetic: espeak-ng voices; folder: LibriSpeech trees; tfds: prepared shards.",
-)
-flags.DEFINE_list("data_dir", [], "Folders of --data=folder or tfds.")
-flags.DEFINE_string("split", "test", "Split to join utterances of; several joined by +.")
 flags.DEFINE_list("seconds", ["30", "60", "120"], "Lengths of the recordings at most.")
 flags.DEFINE_float(
     "minutes", 10.0, "Audio of each length at most, from the speakers in turn.", lower_bound=0.0
@@ -77,9 +68,7 @@ flags.DEFINE_string("output", None, "Folder of the report.", required=True)
 
 def experiment() -> None:
     """Join, transcribe, compare."""
-    corpus = open_corpus(
-        FLAGS.data, FLAGS.split, data_dir=FLAGS.data_dir, cache_dir=FLAGS.cache_dir
-    )
+    corpus = split_flags.open_split()
     recordings = {seconds: Joined(corpus, seconds, FLAGS.minutes) for seconds in lengths()}
     first: dict[tuple[float, str], Transcribed] = {}
     rows = []

@@ -22,7 +22,6 @@ is our reading.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from edgespeech.interop.pretrained import save_pretrained
 from edgespeech.interop.tensors import copy_but_head
 from edgespeech.models.wav2vec2 import Padding, Wav2Vec2, Wav2Vec2Config
 from edgespeech.training.ctc import ctc_objective
-from edgespeech.training.state import OptimizerConfig
+from edgespeech.training.state import OptimizerConfig, checkpoint_settings
 from experiments import asr, convert, data_flags, program, run, tokenizer_flags
 from experiments.fit import fit
 from experiments.flags import define_config, int_list, read_config
@@ -184,12 +183,8 @@ def open_teacher(
 
 
 def model_settings(config: Wav2Vec2Config) -> dict:
-    """What a teacher's checkpoints must have been made with, plain JSON."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    # Checkpoints older than this field were made with its default, and do not name it.
-    if config.padding == "exact":
-        del settings["padding"]
-    return settings
+    """What a teacher's checkpoints must have been made with."""
+    return checkpoint_settings(config, newer=("padding",))
 
 
 def train_teacher(

@@ -1,15 +1,18 @@
 """How every program here starts and ends."""
 
 import contextlib
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags, logging
 
-from edgespeech.data.corpus import cache_folder
+from edgespeech.data.corpus import cache_folder, write_atomically
 from edgespeech.errors import InputError
 from edgespeech.training.stopping import Stopped
 from edgespeech.training.watch import Watch
@@ -87,6 +90,12 @@ def leave(watch: Watch | None, status: int, message: str = "") -> None:
     if watch is not None and watch.together:
         watch.leave(status, message)
     sys.exit(status)
+
+
+def write_json(path: str, result: dict[str, Any]) -> None:
+    """Writes results, plain JSON, whole or not at all."""
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    write_atomically(Path(path), lambda file: file.write(text.encode()))
 
 
 def command_line() -> str:

@@ -13,7 +13,6 @@ stands beside it. A network sees noise of one length; the parameters are random;
 """
 
 import datetime
-import json
 import statistics
 import tempfile
 import time
@@ -29,7 +28,6 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from edgespeech.data.batching import BatchConfig, BatchSource
-from edgespeech.data.corpus import write_atomically
 from edgespeech.data.folder import FolderCorpus
 from edgespeech.errors import InputError
 from edgespeech.evaluation.machine import device, versions
@@ -305,8 +303,7 @@ def experiment() -> None:
     }
     print(render(result))
     if FLAGS.json:
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        write_atomically(Path(FLAGS.json), lambda file: file.write(text.encode()))
+        program.write_json(FLAGS.json, result)
 
 
 if __name__ == "__main__":

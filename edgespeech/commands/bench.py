@@ -198,11 +198,11 @@ def _load(path: Path, threads: int) -> Callable[[Any], Callable[[], Any]]:
     import numpy as np
 
     from edgespeech.evaluation.latency import limit_threads
-    from edgespeech.interop.exported import manifest_path, open_exported
+    from edgespeech.interop.exported import open_exported, read_manifest
     from edgespeech.interop.exported_stream import ExportedStream
 
     limit_threads(threads)
-    if "state" in json.loads(manifest_path(path).read_text()):
+    if "state" in read_manifest(path):
         stream = ExportedStream(path, threads=threads)
         return lambda audio: lambda: stream.step(audio[0])
     run = open_exported(path, threads).run

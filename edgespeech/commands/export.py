@@ -85,7 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _export_exits(arguments: argparse.Namespace, model: Any, tokenizer: Any, about: dict) -> int:
-    from edgespeech.interop.exported_exits import ExitsModel, export_exits, write_exits_manifest
+    from edgespeech.interop.exported import write_manifest
+    from edgespeech.interop.exported_exits import EXITS, ExitsModel, export_exits
     from edgespeech.interop.parity import compare_exits
 
     if not isinstance(model, ExitsModel):
@@ -109,7 +110,7 @@ def _export_exits(arguments: argparse.Namespace, model: Any, tokenizer: Any, abo
         return 0
     differences = compare_exits(model, folder)
     manifest["difference_from_jax"] = [difference._asdict() for difference in differences]
-    write_exits_manifest(folder, manifest)
+    write_manifest(folder / EXITS, manifest)
     largest = max(difference.largest for difference in differences)
     print(f"logits of all exits differ from JAX by {largest:.2g} at most")
     if not arguments.int8 and largest > TOLERANCE:

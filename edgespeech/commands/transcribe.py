@@ -3,15 +3,13 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgespeech.errors import InputError
 
 if TYPE_CHECKING:
     from edgespeech.inference.long_audio import Transcript
-    from edgespeech.inference.words import Word
 
 FORMATS = ("text", "json", "srt", "vtt")
 SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
@@ -117,6 +115,7 @@ def _run_live(arguments: argparse.Namespace) -> int:
 def render(transcript: "Transcript", form: str, name: str) -> str:
     """A transcript in one of `FORMATS`; JSON is one line a recording."""
     from edgespeech.inference.subtitles import srt, vtt
+    from edgespeech.inference.words import word_facts
 
     if form == "json":
         facts = {
@@ -131,14 +130,6 @@ def render(transcript: "Transcript", form: str, name: str) -> str:
     if form == "vtt":
         return vtt(transcript.words)
     return transcript.text + "\n"
-
-
-def word_facts(words: "Iterable[Word]") -> list[dict[str, Any]]:
-    """Words for JSON: text, start and end in seconds."""
-    return [
-        {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
-        for word in words
-    ]
 
 
 def _outputs(arguments: argparse.Namespace) -> list[Path | None]:

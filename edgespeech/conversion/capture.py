@@ -1,12 +1,15 @@
 """What goes into and comes out of every token mixer of a model."""
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from flax import nnx
 
 from edgespeech.conversion.layers import mixer_layers
-from edgespeech.types import Frames, Lengths
+from edgespeech.nn.lpa import LPA
+from edgespeech.types import Array, Float, Frames, Lengths
 
 
 class Captured(NamedTuple):
@@ -43,13 +46,48 @@ def capture(model: nnx.Module, *inputs, call: Callable | None = None) -> tuple[A
     one: in a scan over layers the values belong to the scan's body.
     """
     calls: list[Captured] = []
-    layers = mixer_layers(model).values()
-    mixers = [layer.mixer for layer in layers]
-    try:
-        for layer in layers:
-            object.__setattr__(layer, "mixer", _Tap(layer.mixer, calls.append))
+    with _tapped(mixer_layers(model), lambda _, seen: calls.append(seen)):
         output = model(*inputs) if call is None else call(model, *inputs)
-    finally:
-        for layer, mixer in zip(layers, mixers, strict=True):
-            object.__setattr__(layer, "mixer", mixer)
     return output, calls
+
+
+class Gates(NamedTuple):
+    """The pulses of one LPA in one call.
+
+    Attributes:
+        kinds: gates `[b h p n]` of each kind of pulse; see `LPA.gates`.
+        lengths: `[b]`, valid frames of the layer.
+    """
+
+    kinds: dict[str, Float[Array, "b h p n"]]
+    lengths: Lengths
+
+
+def capture_gates(
+    model: nnx.Module, *inputs, call: Callable | None = None
+) -> tuple[Any, dict[tuple, Gates]]:
+    """As `capture`; returns the output, and the gates of every LPA by the path of its layer in `mixer_layers`."""
+    layers = {p: x for p, x in mixer_layers(model).items() if isinstance(x.mixer, LPA)}
+    calls: dict[tuple, Captured] = {}
+    with _tapped(layers, calls.__setitem__):
+        output = model(*inputs) if call is None else call(model, *inputs)
+    return output, {
+        path: Gates(layers[path].mixer.gates(seen.x, seen.lengths), seen.lengths)
+        for path, seen in calls.items()
+    }
+
+
+@contextlib.contextmanager
+def _tapped(
+    layers: Mapping[tuple, Any], record: Callable[[tuple, Captured], None]
+) -> Iterator[None]:
+    """Hands on every call of the layers' mixers, with the path of the layer."""
+    mixers = {path: layer.mixer for path, layer in layers.items()}
+    try:
+        for path, layer in layers.items():
+            tap = _Tap(layer.mixer, functools.partial(record, path))
+            object.__setattr__(layer, "mixer", tap)
+        yield
+    finally:
+        for path, layer in layers.items():
+            object.__setattr__(layer, "mixer", mixers[path])

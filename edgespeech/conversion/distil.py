@@ -27,12 +27,12 @@ from edgespeech.conversion.task import Prediction, Task
 from edgespeech.data.batching import Batch
 from edgespeech.nn.lpa import Init, anneal
 from edgespeech.ops.mask import mask_from_lengths
-from edgespeech.training.state import LossFunction
+from edgespeech.training.state import LossFunction, checkpoint_settings
 from edgespeech.types import Array, Bool, Float, Frames, Scalar
 
-# Fields that are no weights of terms.
-_SCHEDULE = ("steps_per_layer", "learning_rate", "co_adapt")
 _NEWER = ("co_adapt_from", "hard_from", "curriculum", "init", "joint_steps", "final_rate")
+# Fields that are no weights of terms.
+_SCHEDULE = ("steps_per_layer", "learning_rate", "co_adapt", *_NEWER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,19 +86,13 @@ class DistilConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every term of the loss, by its name."""
-        others = _SCHEDULE + _NEWER
-        names = [field.name for field in dataclasses.fields(self) if field.name not in others]
+        names = [field.name for field in dataclasses.fields(self) if field.name not in _SCHEDULE]
         return {name: getattr(self, name) for name in names}
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must have been made with, plain JSON."""
-        # Checkpoints older than `_NEWER` were made with its defaults, and do not name it.
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in _NEWER or getattr(self, field.name) != field.default
-        }
+        return checkpoint_settings(self, _NEWER)
 
     def num_steps(self, count: int, most: int) -> int:
         """Updates until `count` of `most` layers are replaced; the joint ones belong to the last."""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from edgespeech.commands.transcribe import word_facts
+from edgespeech.conversion.capture import Gates, capture_gates
 from edgespeech.conversion.layers import mixer_layers
 from edgespeech.data.audio import read_audio
 from edgespeech.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from edgespeech.inference.exit_policy import (
     load_policy,
 )
 from edgespeech.inference.exit_predictor import all_exit_features, exit_probabilities
-from edgespeech.inference.words import text_of, token_texts, words_of_path
+from edgespeech.inference.words import text_of, token_texts, word_facts, words_of_path
 from edgespeech.interop.ctc_model import CTCModel
 from edgespeech.models.splitformer import ExitOutput, Splitformer
 from edgespeech.models.wav2vec2 import count_parameters
@@ -83,9 +83,7 @@ class Listener:
 
         @jax.jit
         def run(state, audio, lengths):
-            fresh = nnx.merge(graphdef, state)
-            gates = _record_gates(fresh)
-            output = fresh(audio, lengths)
+            output, gates = capture_gates(nnx.merge(graphdef, state), audio, lengths)
             logits, scores = [output.logits], None
             if policy is not None:
                 assert isinstance(output, ExitOutput)
@@ -176,23 +174,6 @@ class Listener:
         }, taken
 
 
-def _record_gates(model: nnx.Module) -> dict[tuple, tuple]:
-    """Makes every LPA of a model write down its gates and lengths when it is called, by the path of its layer."""
-    seen: dict[tuple, tuple] = {}
-
-    def recording(path: tuple, mixer: LPA):
-        def call(x, lengths):
-            seen[path] = (mixer.gates(x, lengths), lengths)
-            return mixer(x, lengths)
-
-        return call
-
-    for path, layer in mixer_layers(model).items():
-        if isinstance(layer.mixer, LPA):
-            object.__setattr__(layer, "mixer", recording(path, layer.mixer))
-    return seen
-
-
 def _exit_scores(policy: ExitPolicy, output: ExitOutput):
     """The rule's score of every exit, `[e b]`; of the rule `calibrated` its features, `[e b f]`."""
     passed = output.embedded, output.hidden, output.exit_logits, output.lengths
@@ -201,31 +182,29 @@ def _exit_scores(policy: ExitPolicy, output: ExitOutput):
     return all_exit_scores(policy.rule, *passed, policy.n_best)[0]
 
 
-def _layer(number: int, path: tuple, recorded: tuple, frame: float) -> dict[str, Any]:
+def _layer(number: int, path: tuple, gates: Gates, frame: float) -> dict[str, Any]:
     """The pulses of a layer over the clip's frames, `frame` seconds each."""
-    gates, lengths = recorded
-    n = int(lengths[0])
+    n = int(gates.lengths[0])
     kinds = [
         {
             "kind": kind,
             "pulses": gate.shape[2],
             "bits": _base64(np.packbits(gate[0, :, :, :n] > 0.5)),
         }
-        for kind, gate in gates.items()
+        for kind, gate in gates.kinds.items()
     ]
     return {
         "name": f"{number}: {'.'.join(map(str, path))}",
-        "heads": next(iter(gates.values())).shape[1] if gates else 0,
+        "heads": next(iter(gates.kinds.values())).shape[1] if gates.kinds else 0,
         "frames": n,
         "frame_seconds": frame,
         "kinds": kinds,
     }
 
 
-def _stride(encoder_path: np.ndarray, recorded: tuple) -> int:
+def _stride(encoder_path: np.ndarray, gates: Gates) -> int:
     """Encoder frames to a frame of a layer: 2 in the branch of a Splitformer, which runs at half the rate."""
-    gates, _ = recorded
-    n = next((gate.shape[-1] for gate in gates.values()), encoder_path.shape[1])
+    n = next((gate.shape[-1] for gate in gates.kinds.values()), encoder_path.shape[1])
     return round(encoder_path.shape[1] / n)
 
 

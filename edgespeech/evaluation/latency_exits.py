@@ -117,7 +117,7 @@ def branch_calls(block: Any, x: Frames, lengths: Lengths) -> dict[BranchExecutio
     """A block with a branch, run in every way that this machine can; the inputs lie where they are needed."""
     calls: dict[BranchExecution, Call] = {}
     for execution in get_args(BranchExecution)[1:]:
-        inputs = x, lengths
+        inputs, copy = (x, lengths), nnx.clone(block)
         if execution == "sharded":
             if len(jax.devices()) < 2:
                 continue
@@ -126,8 +126,7 @@ def branch_calls(block: Any, x: Frames, lengths: Lengths) -> dict[BranchExecutio
             everywhere = NamedSharding(mesh, PartitionSpec())
             graphdef, state = nnx.split(block)
             inputs = jax.device_put(inputs, everywhere)
-            block = nnx.merge(graphdef, jax.device_put(state, everywhere))
-        copy = nnx.clone(block)
+            copy = nnx.merge(graphdef, jax.device_put(state, everywhere))
         copy.execution = execution
         executable, leaves = compile_ahead(apply, copy, *inputs)
         calls[execution] = functools.partial(executable, leaves, *inputs)

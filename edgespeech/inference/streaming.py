@@ -9,6 +9,7 @@ import numpy as np
 import soxr
 from flax import nnx
 
+from edgespeech.data.audio import MAX_AMPLITUDE, RATES
 from edgespeech.errors import InputError
 from edgespeech.inference.stream_words import GreedyWords, ends_word
 from edgespeech.inference.words import TextTokenizer, Word, token_texts
@@ -16,8 +17,6 @@ from edgespeech.models.edge_conformer import EdgeConformer
 from edgespeech.types import SAMPLE_RATE
 
 # As of audio files: a codec may overshoot 1 a little, integers stored as floats exceed it by far.
-MAX_AMPLITUDE = 2.0
-RATES = (4_000, 384_000)  # Hz
 
 
 class Update(NamedTuple):

@@ -1,7 +1,7 @@
 """From a CTC path to words with their times."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -91,3 +91,11 @@ def words_of_path(
 def text_of(words: Iterable[Word]) -> str:
     """The words with a space between them."""
     return " ".join(word.text for word in words)
+
+
+def word_facts(words: Iterable[Word]) -> list[dict[str, Any]]:
+    """Words for JSON: text, start and end in seconds."""
+    return [
+        {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
+        for word in words
+    ]

@@ -69,8 +69,10 @@ class Exported(NamedTuple):
         """Logits `[n v]` of the valid frames of audio `[t]`.
 
         Raises:
-            InputError: the audio is longer than the file's length.
+            InputError: the audio is longer than the file's length, or the file holds a step.
         """
+        if "state" in self.manifest:
+            raise InputError("the file holds a step of a stream: `ExportedStream` runs it")
         if len(audio) > self.samples:
             raise InputError(
                 f"audio of {len(audio)} samples for a model of {self.samples}: export it with more --seconds"
@@ -125,12 +127,8 @@ def export(
     size = store(path, function, shapes, OUTPUTS, form, int8)
     manifest = {
         "file": path.name,
-        "format": form,
-        "bits": 8 if int8 else 32,
         "bytes": size,
-        "model": type(model).__name__,
         "seconds": seconds,
-        "sample_rate": SAMPLE_RATE,
         "inputs": {
             "audio": {
                 "shape": [1, samples],
@@ -147,6 +145,21 @@ def export(
             },
             "frames": {"shape": [1], "dtype": "int32", "is": "valid frames of logits"},
         },
+        **model_facts(model, tokenizer, about, form, int8),
+    }
+    write_manifest(path, manifest)
+    return manifest
+
+
+def model_facts(
+    model: Any, tokenizer: Tokenizer, about: dict[str, Any], form: str, int8: bool
+) -> dict[str, Any]:
+    """What every manifest says, of whole models, of segments and of steps; arguments as of `export`."""
+    return {
+        "format": form,
+        "bits": 8 if int8 else 32,
+        "model": type(model).__name__,
+        "sample_rate": SAMPLE_RATE,
         "frame_seconds": model.config.frame_seconds,
         "blank": BLANK,
         # A space begins a word; the blank and other special tokens are empty.
@@ -157,8 +170,6 @@ def export(
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
     }
-    write_manifest(path, manifest)
-    return manifest
 
 
 def check_choice(model: CTCModel, form: str, seconds: float, int8: bool) -> tuple[int, int]:
@@ -229,6 +240,16 @@ def open_exported(path: str | Path, threads: int | None = None) -> Exported:
             package.
     """
     path = Path(path)
+    manifest = read_manifest(path)
+    return Exported(load_run(path, manifest["format"], threads), manifest)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of an exported file; the file itself is not opened.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
     try:
         manifest = json.loads(manifest_path(path).read_text())
         form = manifest["format"]
@@ -243,7 +264,7 @@ def open_exported(path: str | Path, threads: int | None = None) -> Exported:
         ) from error
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{manifest_path(path)} is damaged ({error!r}): export again") from error
-    return Exported(load_run(path, form, threads), manifest)
+    return manifest
 
 
 def load_run(path: Path, form: str, threads: int | None = None) -> Run:

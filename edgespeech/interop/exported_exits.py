@@ -15,16 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from edgespeech.data.corpus import write_atomically
 from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
-from edgespeech.inference.words import token_texts
-from edgespeech.interop.exported import SUFFIXES, check_choice, load_run, store
+from edgespeech.interop.exported import (
+    SUFFIXES,
+    check_choice,
+    load_run,
+    manifest_path,
+    model_facts,
+    store,
+    write_manifest,
+)
 from edgespeech.models.splitformer import Splitformer
 from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits
-from edgespeech.types import SAMPLE_RATE
 
-MANIFEST = "exits.manifest.json"
+EXITS = "exits"
+MANIFEST = manifest_path(Path(EXITS)).name  # exits.manifest.json
 ExitsModel: TypeAlias = Splitformer | Wav2Vec2Exits
 
 
@@ -62,26 +68,28 @@ def export_exits(
             {"file": path.name, "bytes": size, "inputs": list(shapes), "outputs": list(outputs)}
         )
     manifest = {
-        "format": form,
-        "bits": 8 if int8 else 32,
         "segments": files,
         "samples": samples,
         "frames": n,
         "width": model.config.width,
-        "sample_rate": SAMPLE_RATE,
-        "frame_seconds": model.config.frame_seconds,
-        "vocabulary": list(token_texts(tokenizer)),
-        "licence": about.get("licence") or about.get("license") or "not stated",
-        "about": about,
+        **model_facts(model, tokenizer, about, form, int8),
     }
-    write_exits_manifest(folder, manifest)
+    write_manifest(folder / EXITS, manifest)
     return manifest
 
 
-def write_exits_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes `exits.manifest.json`."""
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(folder / MANIFEST, lambda file: file.write(text.encode()))
+def read_exits_manifest(folder: Path) -> dict[str, Any]:
+    """`exits.manifest.json`.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} holds no readable {MANIFEST} ({error}): export again"
+        ) from error
 
 
 def run_exits(folder: Path, audio: np.ndarray) -> Iterator[np.ndarray]:
@@ -90,12 +98,7 @@ def run_exits(folder: Path, audio: np.ndarray) -> Iterator[np.ndarray]:
     Raises:
         InputError: the audio is longer than the files' length, or a file is missing or damaged.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder} holds no readable {MANIFEST} ({error}): export again"
-        ) from error
+    manifest = read_exits_manifest(folder)
     if len(audio) > manifest["samples"]:
         raise InputError(
             f"audio of {len(audio)} samples for a model of {manifest['samples']}: export it with more --seconds"

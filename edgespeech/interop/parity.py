@@ -10,7 +10,7 @@ from flax import nnx
 
 from edgespeech.interop.ctc_model import CTCModel
 from edgespeech.interop.exported import Exported, ctc_function
-from edgespeech.interop.exported_exits import MANIFEST, ExitsModel, run_exits
+from edgespeech.interop.exported_exits import ExitsModel, read_exits_manifest, run_exits
 
 
 class Difference(NamedTuple):
@@ -42,7 +42,7 @@ def compare(model: CTCModel, exported: Exported, seed: int = 0) -> Difference:
 
 def compare_exits(model: ExitsModel, folder: Path, seed: int = 0) -> list[Difference]:
     """The same of every exit of a model and its segments, on audio that fills two thirds of the files' length."""
-    samples = json.loads((folder / MANIFEST).read_text())["samples"]
+    samples = read_exits_manifest(folder)["samples"]
     audio = speech_like(samples * 2 // 3, seed)
     length = np.array([len(audio)], np.int32)
     padded = np.pad(audio, (0, samples - len(audio)))[None]

@@ -9,7 +9,6 @@ The state before the first chunk lies beside the file, as `FILE.state.npz`. It i
 features starts from a prior. Leaves without an element, such as the past of attention without left context, stay out.
 """
 
-import datetime
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +22,9 @@ from flax import nnx
 from edgespeech.data.corpus import write_atomically
 from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
-from edgespeech.evaluation.machine import versions
-from edgespeech.inference.words import token_texts
-from edgespeech.interop.exported import OUTPUTS, store, write_manifest
+from edgespeech.interop.exported import OUTPUTS, model_facts, store, write_manifest
 from edgespeech.models.edge_conformer import EdgeConformer
 from edgespeech.models.edge_conformer_config import STRIDE
-from edgespeech.ops.ctc import BLANK
 from edgespeech.types import SAMPLE_RATE
 
 FORMATS = ("stablehlo", "onnx")
@@ -122,12 +118,8 @@ def export_streaming(
     write_atomically(state_path(path), lambda file: file.write(packed.getvalue()))
     manifest = {
         "file": path.name,
-        "format": form,
-        "bits": 8 if int8 else 32,
         "bytes": size,
-        "model": type(model).__name__,
         "seconds": samples / SAMPLE_RATE,
-        "sample_rate": SAMPLE_RATE,
         "chunk_samples": samples,
         # What logits may depend on after the first sample of their frame; the frame's own samples are in it.
         "lookahead_samples": model.receptive_field[1],
@@ -162,15 +154,7 @@ def export_streaming(
                 for name, leaf in step.initial.items()
             },
         },
-        "frame_seconds": model.config.frame_seconds,
-        "blank": BLANK,
-        # A space begins a word; the blank and other special tokens are empty.
-        "vocabulary": list(token_texts(tokenizer)),
-        "licence": about.get("licence") or about.get("license") or "not stated",
-        "wer": {key: value for key, value in about.items() if "wer" in key.lower()},
-        "about": about,
-        "date": datetime.date.today().isoformat(),
-        "versions": versions(),
+        **model_facts(model, tokenizer, about, form, int8),
     }
     write_manifest(path, manifest)
     return manifest

@@ -1,7 +1,7 @@
 """What a training run carries from step to step, the optimiser, and the pure step function."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -75,6 +75,22 @@ class OptimizerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
         if self.accumulate < 1:
             raise ValueError(f"accumulate is {self.accumulate}: it must be at least 1")
+
+
+def checkpoint_settings(config: Any, newer: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields of a configuration that a checkpoint must have been made with, by name.
+
+    Args:
+        config: a dataclass.
+        newer: fields that older checkpoints do not name, because they were made with what is now the default: left out
+            where they have it.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in newer or value != defaults[name]
+    }
 
 
 class Optimizer(NamedTuple):

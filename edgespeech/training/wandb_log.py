@@ -1,10 +1,12 @@
 """Weights & Biases, for those who have it: the package is optional."""
 
 import contextlib
+import importlib
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from edgespeech.data.corpus import write_atomically
 from edgespeech.errors import InputError
@@ -48,7 +50,7 @@ def wandb_log(project: str | None, workdir: Path, stage: str, first: int) -> Ite
     if project is None:
         yield None
         return
-    import wandb
+    wandb: Any = importlib.import_module("wandb")
 
     id_path = workdir / "wandb" / f"{stage}.id"
     if first == 0 or not id_path.exists():

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from edgespeech.conversion.capture import capture
+from edgespeech.conversion.capture import capture, capture_gates
 from edgespeech.conversion.layers import mixer_layers
 from edgespeech.errors import InputError
+from edgespeech.nn.lpa import LPA
+from edgespeech.nn.lpa_config import LPAConfig
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
+from tests.support.modules import randomize
 from tests.support.tiny import assert_same_bits, batch_with_filler, tiny_model, tone_source
 
 
@@ -111,6 +114,32 @@ def test_works_inside_jit():
 
     ys = run(state, jnp.ones((1, 2, 3)))
     assert [float(y[0, 0, 0]) for y in ys] == [3, 8, 24, 36]
+
+
+def test_gates_are_those_of_each_layers_own_input():
+    """The layers are called last to first, so the order of the calls is not that of the layers."""
+    model = Toy()
+    config = LPAConfig(aperiodic=2, runs=1, periodic=1, positional=1)
+    for index in (0, 2):
+        model.blocks[index].mixer = randomize(LPA(8, 2, config, rngs=nnx.Rngs(index)), index)
+    first, last = model.blocks[0].mixer, model.blocks[2].mixer
+    lengths = jnp.asarray([6, 4])
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8))
+    output, gates = capture_gates(model, x, lengths)
+
+    assert_same_bits(output, model(x, lengths))
+    assert set(gates) == {("blocks", 0), ("blocks", 2)}  # the block between them has no pulses
+    y = x + last(x, lengths)
+    seen = {
+        ("blocks", 2): (last, x),
+        ("blocks", 0): (first, y * 9),
+    }  # the one between triples, twice
+    for path, (lpa, inputs) in seen.items():
+        expected = lpa.gates(inputs, lengths)
+        assert gates[path].kinds.keys() == expected.keys()
+        for kind, gate in expected.items():
+            np.testing.assert_allclose(gates[path].kinds[kind], gate, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(gates[path].lengths, lengths)
 
 
 def test_layers_come_in_numeric_order():

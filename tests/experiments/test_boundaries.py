@@ -2,8 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +25,12 @@ from edgespeech.interop.pretrained import save_pretrained
 from edgespeech.models.moonshine import Moonshine
 from edgespeech.nn.lpa import LPA, LPAConfig, harden
 from edgespeech.ops.ctc import ctc_log_probs
+from tests.support.apart import run_apart
 from tests.support.modules import randomize
 from tests.support.moonshine import tiny_moonshine
 from tests.support.moonshine_conversion import letters
 from tests.support.programs import write_tones
-from tests.support.tiny import ROOT, tiny_model
+from tests.support.tiny import tiny_model
 
 PULSES = LPAConfig(3, 1, 2, 1, kernel_size=3, local_kernel_size=3, max_period=16.0)
 LAYER = 2  # of two or three, the one that is replaced
@@ -72,15 +71,8 @@ def outcome(tmp_path_factory):
         )
     ]
     runs[1].append("--utterances=3")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.run_programs", "experiments.boundaries"],
-        input=json.dumps([{"arguments": common + run, "stop_at": None} for run in runs]),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    return root, models, json.loads(done.stdout)
+    outcomes = run_apart("experiments.boundaries", [common + run for run in runs])
+    return root, models, outcomes
 
 
 @functools.partial(jax.jit, static_argnums=0)

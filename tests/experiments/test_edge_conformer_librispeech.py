@@ -1,14 +1,12 @@
 """The program on the edge Conformer at toy size: its report computed again, and wrong flags."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jiwer
 import pytest
 
-from tests.support.tiny import ROOT, ToneCorpus, write_librispeech
+from tests.support.apart import run_apart
+from tests.support.tiny import ToneCorpus, write_librispeech
 
 PROGRAM = "experiments.edge_conformer_librispeech"
 SIZES = {
@@ -46,17 +44,8 @@ def runs(tmp_path_factory):
         {"arguments": [*fixed, f"--workdir={root / work}", *flags], "stop_at": None}
         for work, flags in starts
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.run_programs", PROGRAM],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        # Almost all of the time goes into compiling programs that then run for milliseconds.
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout)
+    # Almost all of the time goes into compiling programs that then run for milliseconds.
+    outcomes = run_apart(PROGRAM, asked, XLA_FLAGS="--xla_backend_optimization_level=0")
     assert outcomes[0]["status"] == 0, outcomes[0]["stderr"]
     return root / "whole", outcomes[1:]
 

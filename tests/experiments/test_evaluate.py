@@ -16,6 +16,7 @@ from edgespeech.inference.exit_policy import ExitPolicy, save_policy
 from edgespeech.interop.pretrained import save_pretrained
 from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits
 from tests.golden.hf_checkpoint import write
+from tests.support.apart import run_apart
 from tests.support.programs import write_tones
 from tests.support.tiny import ROOT, tiny_model
 from tests.support.tiny_exits import exit_model
@@ -72,15 +73,8 @@ def test_beam_search_with_a_language_model(tmp_path):
         [language_model],
         ["--beam=3", "--lm=nowhere.arpa"],
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.run_programs", "experiments.evaluate"],
-        input=json.dumps([{"arguments": common + run, "stop_at": None} for run in runs]),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    fused, no_beam, no_file = json.loads(done.stdout)
+    outcomes = run_apart("experiments.evaluate", [common + run for run in runs])
+    fused, no_beam, no_file = outcomes
     assert fused["status"] == 0, fused["stderr"]
     results = tmp_path / "hf" / "evaluations" / "folder_test_beam3_lm0.25"
     facts = json.loads(results.with_name(results.name + ".json").read_text())
@@ -125,15 +119,7 @@ def test_exits_and_budgets(tmp_path):
         [f"--checkpoint={tmp_path / 'encoder'}", "--exits=1", "--early_exit"],
         [f"--checkpoint={tmp_path / 'exits'}", "--budget=0.01"],
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.run_programs", "experiments.evaluate"],
-        input=json.dumps([{"arguments": common + run, "stop_at": None} for run in runs]),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout)
+    outcomes = run_apart("experiments.evaluate", [common + run for run in runs])
     assert [outcome["status"] for outcome in outcomes] == [0, 0, 0, 2, 2, 2]
     for outcome, message in zip(
         outcomes[3:],

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +18,9 @@ from edgespeech.inference.long_audio import LongAudio
 from edgespeech.inference.transcribe import Transcriber
 from edgespeech.interop.pretrained import save_pretrained
 from edgespeech.models.sepformer import SepFormer, SepFormerConfig
+from tests.support.apart import run_apart
 from tests.support.moonshine_conversion import letters, talkative_moonshine
-from tests.support.tiny import ROOT, ToneCorpus, tiny_model, write_librispeech
+from tests.support.tiny import ToneCorpus, tiny_model, write_librispeech
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +50,8 @@ def outcome(tmp_path_factory):
         [f"--checkpoints={root / 'first'}", f"--output={root / 'none'}", "--seconds=0"],
         [f"--checkpoints={root / 'first'}", f"--output={root / 'none'}", "--seconds=60"],
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.run_programs", "experiments.long_audio"],
-        input=json.dumps([{"arguments": common + run, "stop_at": None} for run in runs]),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    return root, models, json.loads(done.stdout)
+    outcomes = run_apart("experiments.long_audio", [common + run for run in runs])
+    return root, models, outcomes
 
 
 def joined(root, seconds):

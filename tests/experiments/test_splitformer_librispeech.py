@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jiwer
@@ -18,7 +15,8 @@ from edgespeech.inference.exit_policy import load_policy
 from edgespeech.inference.exit_predictor import FEATURES, load_predictor
 from edgespeech.interop.pretrained import load_pretrained
 from edgespeech.models.exit_macs import exit_macs
-from tests.support.tiny import ROOT, ToneCorpus, write_librispeech
+from tests.support.apart import run_apart
+from tests.support.tiny import ToneCorpus, write_librispeech
 
 PROGRAM = "experiments.splitformer_librispeech"
 NAMES = ("ee_baseline", "splitformer", "wav2vec2")
@@ -100,17 +98,9 @@ def runs(tmp_path_factory):
         "other": start("whole", "--resume", "--steps=5"),
     }
     asked |= {" ".join(flags): start("refused", *flags) for flags, _ in REFUSED}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.run_programs", PROGRAM],
-        input=json.dumps(list(asked.values())),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        # Almost all of the time goes into compiling programs that then run for milliseconds.
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes = dict(zip(asked, json.loads(done.stdout), strict=True))
+    # Almost all of the time goes into compiling programs that then run for milliseconds.
+    done = run_apart(PROGRAM, asked.values(), XLA_FLAGS="--xla_backend_optimization_level=0")
+    outcomes = dict(zip(asked, done, strict=True))
     assert outcomes["whole"]["status"] == 0, outcomes["whole"]["stderr"]
     return Runs(root, root / "whole", root / "resumed", outcomes)
 

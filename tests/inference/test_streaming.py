@@ -1,35 +1,21 @@
 """The streamer against the whole recording, and against bad input."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 import soxr
 from flax import nnx
 
-from edgespeech.data.tokenizer import CharTokenizer, SentencePieceTokenizer, ctc_collapse
+from edgespeech.data.tokenizer import SentencePieceTokenizer, ctc_collapse
 from edgespeech.errors import InputError
 from edgespeech.inference.stream_words import MAX_WORD_TOKENS, GreedyWords, ends_word
 from edgespeech.inference.streaming import Streamer
 from edgespeech.inference.words import Word, text_of, token_texts, words_of_path
 from edgespeech.models.edge_conformer import EdgeConformer
-from edgespeech.models.edge_conformer_config import EdgeConformerConfig
+from tests.support.edge import TOKENIZER, TOY
 from tests.support.modules import randomize
 
-TOKENIZER = CharTokenizer(["<pad>", "|", "A", "B", "C"])
-CONFIG = dataclasses.replace(
-    EdgeConformerConfig.tiny(),
-    vocab_size=5,
-    num_mels=11,
-    width=8,
-    num_layers=1,
-    num_heads=2,
-    ffn_width=8,
-    conv_kernel=5,
-    chunk=3,
-    left=1,
-)
+CONFIG = TOY
 CHUNK = 3 * 640
 LENGTHS = (CHUNK * 12 + 700, CHUNK * 9, CHUNK * 7 + 1300)
 ENDPOINT = 0.3

@@ -13,31 +13,20 @@ from edgespeech.cli import main
 from edgespeech.data.tokenizer import CharTokenizer
 from edgespeech.errors import InputError
 from edgespeech.inference.streaming import Streamer
-from edgespeech.interop.exported import manifest_path
+from edgespeech.interop.exported import manifest_path, open_exported
 from edgespeech.interop.exported_stream import ExportedStream, compare_steps
 from edgespeech.interop.parity import speech_like
 from edgespeech.interop.pretrained import save_pretrained
 from edgespeech.interop.streaming_export import export_streaming, state_path, step_function
 from edgespeech.models.edge_conformer import EdgeConformer
-from edgespeech.models.edge_conformer_config import STRIDE, EdgeConformerConfig
+from edgespeech.models.edge_conformer_config import STRIDE
 from edgespeech.nn.lpa import harden
 from edgespeech.nn.lpa_config import LPAConfig
+from tests.support.edge import TOKENIZER, TOY
 from tests.support.modules import randomize
 from tests.support.tiny import tiny_model
 
-TOKENIZER = CharTokenizer(["<pad>", "|", "A", "B", "C"])
-CONFIG = dataclasses.replace(
-    EdgeConformerConfig.tiny(),
-    vocab_size=5,
-    num_mels=11,
-    width=8,
-    num_layers=2,
-    num_heads=2,
-    ffn_width=8,
-    conv_kernel=5,
-    chunk=3,
-    left=2,
-)
+CONFIG = dataclasses.replace(TOY, num_layers=2, left=2)
 CHANGES = {
     "attention": {},
     "attention without a past, vanilla subsampling": {
@@ -239,6 +228,8 @@ def test_refusals(attention, onnx_file, tmp_path):
     half = EdgeConformer(dataclasses.replace(CONFIG, dtype="float16"), rngs=nnx.Rngs(0))
     with pytest.raises(InputError, match="the model computes in float16"):
         export_streaming(half, *give[1:], form="onnx")
+    with pytest.raises(InputError, match="a step of a stream: `ExportedStream` runs it"):
+        open_exported(onnx_file).logits(np.zeros(100))
     stream = ExportedStream(onnx_file)
     with pytest.raises(InputError, match="1921 samples for a step of 1920"):
         stream.step(np.zeros(1921))

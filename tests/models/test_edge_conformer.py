@@ -19,7 +19,6 @@ from edgespeech.nn.lpa_config import LPAConfig
 from edgespeech.training.multitask import multitask_objective
 from tests.nn.test_streaming_conformer import layer_by_loops
 from tests.nn.test_streaming_features import running_norm
-from tests.nn.test_subsampling import conv2d
 from tests.support import reference
 from tests.support.modules import randomize
 from tests.support.streaming import verify_streaming_contract
@@ -75,8 +74,8 @@ def test_matches_the_equations():
         y = running_norm(reference.log_mel(samples, 11))
         y = np.concatenate([np.zeros((3, 11)), y])[..., None]
         sub = part(w, "subsampling")
-        y = np.maximum(conv2d(y, sub["first"], 2) + sub["first_bias"], 0)
-        y = conv2d(conv2d(y, sub["second"], 2), sub["pointwise"], 1)
+        y = np.maximum(reference.conv2d(y, sub["first"], 2) + sub["first_bias"], 0)
+        y = reference.conv2d(reference.conv2d(y, sub["second"], 2), sub["pointwise"], 1)
         y = np.maximum(y + sub["second_bias"], 0)
         y = reference.linear(part(sub, "projection"), y.reshape(len(y), -1))
         assert len(y) == n

@@ -21,19 +21,6 @@ def module(separable):
     return randomize(Subsampling(MELS, D, separable=separable, rngs=nnx.Rngs(0)))
 
 
-def conv2d(x, kernel, stride):
-    """`[f m c] -> [f' m' e]`, no padding; with one kernel input a channel, every channel alone."""
-    size, _, inputs, d = kernel.shape
-    frames, bins = ((n - size) // stride + 1 for n in x.shape[:2])
-    y = np.zeros((frames, bins, d))
-    for i, j, e in np.ndindex(y.shape):
-        window = x[i * stride : i * stride + size, j * stride : j * stride + size]
-        if inputs == 1 and x.shape[2] > 1:
-            window = window[..., e : e + 1]
-        y[i, j, e] = np.sum(window * kernel[..., e])
-    return y
-
-
 @pytest.mark.parametrize("separable", [False, True])
 def test_matches_the_equation_and_ignores_padding(separable):
     subsampling = module(separable)
@@ -51,10 +38,10 @@ def test_matches_the_equation_and_ignores_padding(separable):
     w = reference.parameters(subsampling)
     assert ("pointwise" in w) == separable
     for row, (n, frames) in enumerate(zip(lengths, (5, 2, 1, 0), strict=True)):
-        y = np.maximum(conv2d(x[row, :n, :, None], w["first"], 2) + w["first_bias"], 0)
-        y = conv2d(y, w["second"], 2)
+        y = np.maximum(reference.conv2d(x[row, :n, :, None], w["first"], 2) + w["first_bias"], 0)
+        y = reference.conv2d(y, w["second"], 2)
         if separable:
-            y = conv2d(y, w["pointwise"], 1)
+            y = reference.conv2d(y, w["pointwise"], 1)
         y = np.maximum(y + w["second_bias"], 0)
         want = reference.linear(reference.part(w, "projection"), y.reshape(len(y), 2 * D))
         assert len(want) == frames

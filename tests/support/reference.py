@@ -69,6 +69,21 @@ def conv(x, kernel, stride=1, groups=1):
     return y
 
 
+def conv2d(x, kernel, stride):
+    """`[f m c] -> [f' m' e]`, no padding; with one kernel input a channel, every channel alone."""
+    rows, columns, inputs, d = kernel.shape
+    frames, bins = (
+        (n - size) // stride + 1 for n, size in zip(x.shape[:2], (rows, columns), strict=True)
+    )
+    y = np.zeros((frames, bins, d))
+    for i, j, e in np.ndindex(y.shape):
+        window = x[i * stride : i * stride + rows, j * stride : j * stride + columns]
+        if inputs == 1 and x.shape[2] > 1:
+            window = window[..., e : e + 1]
+        y[i, j, e] = np.sum(window * kernel[..., e])
+    return y
+
+
 def depthwise_conv(x, kernel, causal=False):
     """`y_i = sum_j K_j x_{i + j - left}`, zeros outside."""
     n, k = len(x), len(kernel)
