@@ -1,10 +1,11 @@
 """SepFormer as the latency program sees it, and SpeechBrain's beside it."""
 
+import contextlib
 import dataclasses
 import importlib
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -144,16 +145,10 @@ def _leave(norms: tuple, y: Array, z: Frames, num_chunks: Lengths) -> Array:
 def random_speechbrain_model(config: SepFormerConfig) -> Any:
     """SpeechBrain's `SepformerWrapper` of our sizes in inference mode, its weights drawn from a fixed seed."""
     torch = importlib.import_module("torch")
-    try:
-        importlib.import_module("torchaudio")
-    except (ImportError, OSError):
-        # SpeechBrain imports it for reading files alone: an empty module will do.
-        stand_in = types.ModuleType("torchaudio")
-        vars(stand_in)["__version__"] = "2.11.0"
-        sys.modules["torchaudio"] = stand_in
-    wrapper = importlib.import_module("speechbrain.lobes.models.dual_path").SepformerWrapper
+    with importable_torchaudio():
+        parts = importlib.import_module("speechbrain.lobes.models.dual_path")
     torch.manual_seed(0)
-    return wrapper(
+    model = parts.SepformerWrapper(
         encoder_kernel_size=config.kernel_size,
         encoder_out_nchannels=config.width,
         masknet_chunksize=config.chunk_length,
@@ -165,7 +160,34 @@ def random_speechbrain_model(config: SepFormerConfig) -> Any:
         inter_nhead=config.num_heads,
         intra_dffn=config.ffn_width,
         inter_dffn=config.ffn_width,
-    ).eval()
+    )
+    # The wrapper makes the filter bank as wide as the transformers, which the parts themselves do not ask for.
+    filters, width, size = config.num_filters, config.width, config.kernel_size
+    model.encoder = parts.Encoder(kernel_size=size, out_channels=filters)
+    model.masknet.norm = parts.select_norm("ln", filters, 3)
+    model.masknet.conv1d = torch.nn.Conv1d(filters, width, 1, bias=False)
+    model.masknet.end_conv1x1 = torch.nn.Conv1d(width, filters, 1, bias=False)
+    model.decoder = parts.Decoder(
+        in_channels=filters, out_channels=1, kernel_size=size, stride=size // 2, bias=False
+    )
+    return model.eval()
+
+
+@contextlib.contextmanager
+def importable_torchaudio() -> Iterator[None]:
+    """SpeechBrain imports it, for files alone: where that fails, an empty module stands in within the block."""
+    try:
+        importlib.import_module("torchaudio")
+        stand_in = None
+    except (ImportError, OSError):
+        stand_in = types.ModuleType("torchaudio")
+        vars(stand_in)["__version__"] = "2.11.0"
+        sys.modules["torchaudio"] = stand_in
+    try:
+        yield
+    finally:
+        if stand_in is not None:
+            del sys.modules["torchaudio"]  # transformers, for one, would take it for the package
 
 
 def load_speechbrain(config: SepFormerConfig, threads: int) -> Prepare:

@@ -32,7 +32,9 @@ class SepFormerConfig:
     Attributes:
         num_speakers: estimates that come out: 1 for enhancement, 2 for separation.
         sample_rate: Hz of the audio that the model is for.
-        width: filters of encoder and decoder, and width of the transformers.
+        num_filters: filters of encoder and decoder. What they cannot hold of a frame is lost before any mask: after
+            the rectifier that takes at least two for every sample of the stride.
+        width: width of the transformers; SpeechBrain's `out_channels`.
         kernel_size: samples of a filter; the stride is half of it.
         chunk_length: frames of a chunk; chunks overlap by half.
         num_blocks: dual-path blocks.
@@ -47,6 +49,7 @@ class SepFormerConfig:
 
     num_speakers: int = 1
     sample_rate: int = 8000
+    num_filters: int = 256
     width: int = 256
     kernel_size: int = 16
     chunk_length: int = 250
@@ -85,6 +88,7 @@ class SepFormerConfig:
         """The same 16 intra-chunk layers for two CPU cores, at 16 kHz, a frame every 4 ms (ours)."""
         return cls(
             sample_rate=16_000,
+            num_filters=256,
             width=64,
             kernel_size=128,
             chunk_length=50,
@@ -113,13 +117,13 @@ class SepFormerOutput(NamedTuple):
 
     Attributes:
         estimates: `[b spk t]`, zeros beyond a length. SI-SNR, as a loss, leaves their level free.
-        masks: `[b spk n d]`, not negative.
+        masks: `[b spk n f]`, not negative.
         lengths: `[b]`, valid frames of the masks.
         hidden: the output `[b*s k d]` of every intra-chunk layer, in order.
     """
 
     estimates: Float[Array, "b spk t"]
-    masks: Float[Array, "b spk n d"]
+    masks: Float[Array, "b spk n f"]
     lengths: Lengths
     hidden: tuple[Frames, ...]
 
@@ -138,11 +142,11 @@ class MaskNetwork(nnx.Module):
     """
 
     def __init__(self, config: SepFormerConfig, *, rngs: nnx.Rngs):
-        d = config.width
+        d, filters = config.width, config.num_filters
         self.config = config
         self.scan_layers = False
-        self.norm = utterance_norm(d)
-        self.bottleneck = nnx.Linear(d, d, use_bias=False, rngs=rngs)
+        self.norm = utterance_norm(filters)
+        self.bottleneck = nnx.Linear(filters, d, use_bias=False, rngs=rngs)
         self.blocks = nnx.List(
             DualPathBlock(
                 d,
@@ -158,12 +162,12 @@ class MaskNetwork(nnx.Module):
         self.speakers = nnx.Linear(d, d * config.num_speakers, rngs=rngs)
         self.output = nnx.Linear(d, d, rngs=rngs)
         self.gate = nnx.Linear(d, d, rngs=rngs)
-        self.expand = nnx.Linear(d, d, use_bias=False, rngs=rngs)
+        self.expand = nnx.Linear(d, filters, use_bias=False, rngs=rngs)
 
     def __call__(
         self, h: Frames, lengths: Lengths
-    ) -> tuple[Float[Array, "b spk n d"], tuple[Frames, ...]]:
-        """`[b n d], [b] ->` masks `[b spk n d]` and the outputs of the intra-chunk layers."""
+    ) -> tuple[Float[Array, "b spk n f"], tuple[Frames, ...]]:
+        """`[b n f], [b] ->` masks `[b spk n f]` and the outputs of the intra-chunk layers."""
         x, num_chunks = self.split(h, lengths)
         hidden: tuple[Frames, ...] = ()
         for block in self.blocks:
@@ -176,7 +180,7 @@ class MaskNetwork(nnx.Module):
         x = self.bottleneck(self.norm(h, mask_from_lengths(lengths, h.shape[1])))
         return split_chunks(x, lengths, self.config.chunk_length)
 
-    def masks(self, chunks: Chunks, n: int) -> Float[Array, "b spk n d"]:
+    def masks(self, chunks: Chunks, n: int) -> Float[Array, "b spk n f"]:
         """Masks of n frames from the last block's output."""
         b, d = len(chunks), self.config.width
         x = self.speakers(jnp.where(chunks >= 0, chunks, self.slope[...] * chunks))
@@ -191,18 +195,18 @@ class SepFormer(nnx.Module):
         h = relu(conv(x));  estimate_j = convT(mask_j h)
 
     Attributes:
-        encoder: filters `[kernel_size 1 d]` of the convolution, without bias.
+        encoder: filters `[kernel_size 1 f]` of the convolution, without bias.
         mask_network: `MaskNetwork`.
-        decoder: filters `[kernel_size 1 d]` of the transposed convolution, without bias.
+        decoder: filters `[kernel_size 1 f]` of the transposed convolution, without bias.
     """
 
     def __init__(self, config: SepFormerConfig, *, rngs: nnx.Rngs):
         self.config = config
         init = nnx.initializers.lecun_normal()
-        self.encoder = nnx.Param(init(rngs.params(), (config.kernel_size, 1, config.width)))
+        self.encoder = nnx.Param(init(rngs.params(), (config.kernel_size, 1, config.num_filters)))
         self.mask_network = MaskNetwork(config, rngs=rngs)
         init = nnx.initializers.lecun_normal(in_axis=-1, out_axis=0)
-        self.decoder = nnx.Param(init(rngs.params(), (config.kernel_size, 1, config.width)))
+        self.decoder = nnx.Param(init(rngs.params(), (config.kernel_size, 1, config.num_filters)))
 
     def __call__(self, audio: Audio, audio_lengths: Lengths) -> SepFormerOutput:
         """Noisy audio, or a mixture of voices, to estimates of each.
@@ -223,7 +227,7 @@ class SepFormer(nnx.Module):
         return SepFormerOutput(self.decode(masks, h, audio, audio_lengths), masks, lengths, hidden)
 
     def encode(self, audio: Audio, audio_lengths: Lengths) -> tuple[Frames, Lengths]:
-        """`relu(conv(x))`: `[b t], [b] -> [b n d], [b]`."""
+        """`relu(conv(x))`: `[b t], [b] -> [b n f], [b]`."""
         t, kernel_size, stride = audio.shape[1], self.config.kernel_size, self.config.stride
         n, lengths = self.config.num_frames(t), self.config.num_frames(audio_lengths)
         mask = mask_from_lengths(audio_lengths, t)
@@ -233,7 +237,7 @@ class SepFormer(nnx.Module):
 
     def decode(
         self,
-        masks: Float[Array, "b spk n d"],
+        masks: Float[Array, "b spk n f"],
         h: Frames,
         audio: Audio,
         audio_lengths: Lengths,

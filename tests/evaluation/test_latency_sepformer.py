@@ -22,6 +22,7 @@ from edgespeech.nn.lpa import LPA, LPAConfig
 from tests.support.modules import randomize
 
 CONFIG = SepFormerConfig(
+    num_filters=20,
     width=16,
     kernel_size=8,
     chunk_length=6,

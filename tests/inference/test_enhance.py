@@ -214,7 +214,7 @@ def test_silence_stays_silent(tmp_path):
 
 def test_a_sepformer_on_a_short_file_gives_what_it_gives_alone(tmp_path):
     config = SepFormerConfig(
-        width=8, kernel_size=8, chunk_length=6, num_blocks=1, num_intra_layers=1, num_inter_layers=1,
+        num_filters=12, width=8, kernel_size=8, chunk_length=6, num_blocks=1, num_intra_layers=1, num_inter_layers=1,
         num_heads=2, ffn_width=8,
     )  # fmt: skip
     model = randomize(SepFormer(config, rngs=nnx.Rngs(0)), scale=0.2)

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import pytest
 from flax import nnx
 
 from edgespeech.errors import InputError
-from edgespeech.evaluation.latency_sepformer import random_speechbrain_model
+from edgespeech.evaluation.latency_sepformer import importable_torchaudio, random_speechbrain_model
 from edgespeech.interop.speechbrain_sepformer import load_speechbrain_sepformer, speechbrain_names
 from edgespeech.interop.tensors import named_params
 from edgespeech.models.sepformer import SepFormer, SepFormerConfig
@@ -21,6 +20,7 @@ from edgespeech.ops.sisnr import si_snr_loss
 torch = pytest.importorskip("torch")
 
 SMALL = SepFormerConfig(
+    num_filters=20,
     width=16,
     kernel_size=8,
     chunk_length=6,
@@ -33,14 +33,8 @@ SMALL = SepFormerConfig(
 
 @pytest.fixture(scope="module")
 def peer():
-    """SpeechBrain's loss. It imports torchaudio, for files alone: where that fails, an empty module stands in."""
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            import torchaudio  # noqa: F401
-        except (ImportError, OSError):
-            stand_in = types.ModuleType("torchaudio")
-            stand_in.__version__ = "2.11.0"
-            patch.setitem(sys.modules, "torchaudio", stand_in)
+    """SpeechBrain's loss."""
+    with importable_torchaudio():
         pytest.importorskip("speechbrain", exc_type=ImportError)
         from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
     yield get_si_snr_with_pitwrapper

@@ -22,6 +22,7 @@ from tests.support.sepformer import sepformer
 
 SMALL = SepFormerConfig(
     num_speakers=2,
+    num_filters=12,
     width=8,
     kernel_size=8,
     chunk_length=6,
@@ -69,7 +70,7 @@ def test_every_layer_has_a_slot(wham):
 def test_tiny_has_as_many_intra_layers_as_wham():
     model = nnx.eval_shape(lambda: SepFormer(SepFormerConfig.tiny(), rngs=nnx.Rngs(0)))
     assert sum("intra" in path for path in mixer_layers(model)) == 16
-    assert count_parameters(model) == 640_705
+    assert count_parameters(model) == 714_817
 
 
 # --------------------------------------------------------------------------------- forward pass
@@ -95,7 +96,7 @@ def test_forward_pass_and_padding():
 @pytest.mark.parametrize("t", [1, 7, 8, 9, 24, 203])
 def test_identity_has_no_seam(t):
     """With masks of 1, filters that pass a signal and its negative add up to the signal, twice where frames overlap."""
-    config = dataclasses.replace(ONE_LAYER, num_speakers=1, width=16)
+    config = dataclasses.replace(ONE_LAYER, num_speakers=1, num_filters=16, width=16)
     model = SepFormer(config, rngs=nnx.Rngs(0))
     model.encoder[:, 0] = jnp.concatenate([jnp.eye(8), -jnp.eye(8)], axis=1)
     model.decoder[...] = model.encoder[...]

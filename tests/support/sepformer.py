@@ -10,6 +10,7 @@ from tests.support.reference import layer_norm, linear, part, self_attention, si
 # Small enough for tests: two blocks of two layers within chunks and one across.
 TOY = SepFormerConfig(
     sample_rate=16_000,
+    num_filters=12,
     width=8,
     kernel_size=64,
     chunk_length=20,

@@ -81,6 +81,7 @@ def sepformer():
 
     config = SepFormerConfig(
         sample_rate=16_000,
+        num_filters=12,
         width=8,
         chunk_length=100,
         num_blocks=1,
