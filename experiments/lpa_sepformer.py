@@ -103,7 +103,7 @@ define_config("model", SepFormerConfig.tiny(), skip=("num_speakers", "sample_rat
 flags.DEFINE_string(
     "teacher", None, "A teacher that is trained already, such as WORKDIR/teacher of another run."
 )
-flags.DEFINE_integer("teacher_steps", 600, "Updates of the teacher.", lower_bound=1)
+flags.DEFINE_integer("teacher_steps", 1200, "Updates of the teacher.", lower_bound=1)
 define_config("optimizer", OPTIMIZER)
 
 # --- conversion
