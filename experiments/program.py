@@ -82,7 +82,14 @@ def main(experiment: Callable[[], None]) -> None:
             print(f"error: {error}; --help lists the flags", file=sys.stderr)
             sys.exit(2)
 
-    app.run(run, flags_parser=parse)
+    try:
+        try:
+            app.run(run, flags_parser=parse)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The output's reader is gone, as in `--help | head`. The interpreter flushes once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def leave(watch: Watch | None, status: int, message: str = "") -> None:

@@ -10,10 +10,11 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+from edgespeech.data.corpus import write_atomically
 from edgespeech.errors import InputError
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
@@ -35,21 +36,22 @@ class Entry(NamedTuple):
 class NgramModel:
     """Log probabilities of words after up to `order - 1` words.
 
-    Args:
+    Attributes:
         entries: by n-gram.
+        order: words of the longest n-gram.
 
     Raises:
         InputError: there is no unigram.
     """
 
     def __init__(self, entries: Mapping[Context, Entry]):
-        self._entries = dict(entries)
-        if not any(len(ngram) == 1 for ngram in self._entries):
+        self.entries = dict(entries)
+        if not any(len(ngram) == 1 for ngram in self.entries):
             raise InputError("the language model has no unigram: give one with words")
-        self.order = max(map(len, self._entries))
+        self.order = max(map(len, self.entries))
 
     def __contains__(self, word: str) -> bool:
-        return (word,) in self._entries
+        return (word,) in self.entries
 
     @property
     def start(self) -> Context:
@@ -64,16 +66,52 @@ class NgramModel:
             word = UNKNOWN
         context = context[-(self.order - 1) :] if self.order > 1 else ()
         backed_off = 0.0
-        while (*context, word) not in self._entries:
-            if context in self._entries:
-                backed_off += self._entries[context].backoff
+        while (*context, word) not in self.entries:
+            if context in self.entries:
+                backed_off += self.entries[context].backoff
             context = context[1:]
-        return backed_off + self._entries[(*context, word)].log_prob
+        return backed_off + self.entries[(*context, word)].log_prob
 
     def after(self, context: Context, word: str) -> Context:
         """The context of the word after `word`."""
         word = word if word in self else UNKNOWN
         return (*context, word)[-(self.order - 1) :] if self.order > 1 else ()
+
+
+class Perplexity(NamedTuple):
+    """How well a model foresees texts.
+
+    Attributes:
+        perplexity: `exp(-mean log p)` over the known words and the end of each text.
+        words: of the texts, ends not counted.
+        unknown: words that the model lacks; they are left out of the mean.
+    """
+
+    perplexity: float
+    words: int
+    unknown: int
+
+
+def perplexity(model: NgramModel, texts: Iterable[str]) -> Perplexity:
+    """Of words between spaces; empty texts do not count.
+
+    Raises:
+        InputError: no text has a word.
+    """
+    logs: list[float] = []
+    words = unknown = 0
+    for text in filter(str.strip, texts):
+        context = model.start
+        for word in (*text.split(), END):
+            words += word != END
+            if word in model:
+                logs.append(model.log_prob(word, context))
+            else:
+                unknown += 1
+            context = model.after(context, word)
+    if not logs:
+        raise InputError("the perplexity of no words: give texts that are not empty")
+    return Perplexity(math.exp(-sum(logs) / len(logs)), words, unknown)
 
 
 def read_arpa(path: str | os.PathLike) -> NgramModel:
@@ -118,6 +156,24 @@ def read_arpa(path: str | os.PathLike) -> NgramModel:
                 f"{path} has {found.get(size, 0)} {size}-grams and its header promises {count}: fetch it again"
             )
     return NgramModel(entries)
+
+
+def write_arpa(path: str | os.PathLike, model: NgramModel) -> None:
+    """Writes an ARPA file, gzipped where its name ends in `.gz`; `read_arpa` gives the same model back."""
+    path = Path(path)
+    by_order: dict[int, list[str]] = {}
+    for ngram, entry in sorted(model.entries.items()):
+        fields = [f"{entry.log_prob / _LN10:.8g}", " ".join(ngram)]
+        if entry.backoff:
+            fields.append(f"{entry.backoff / _LN10:.8g}")
+        by_order.setdefault(len(ngram), []).append("\t".join(fields))
+    parts = ["\\data\\", *(f"ngram {n}={len(lines)}" for n, lines in sorted(by_order.items()))]
+    for n, lines in sorted(by_order.items()):
+        parts += ["", f"\\{n}-grams:", *lines]
+    data = "\n".join([*parts, "", "\\end\\", ""]).encode()
+    # No time in the header: the same model is the same file.
+    data = gzip.compress(data, mtime=0) if path.suffix == ".gz" else data
+    write_atomically(path, lambda file: file.write(data))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
