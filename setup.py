@@ -59,7 +59,11 @@ EXTRAS = {
     "sweep": ["optuna>=5,<6"],
     "export": ["onnx>=1.23,<2", "onnxruntime>=1.31,<2"],
     # In a virtual environment of its own: it asks for an older typing_extensions than other extras do.
-    "litert": ["ai-edge-litert>=2.3,<3", "litert-converter>=0.5,<0.6"],
+    "litert": [
+        "ai-edge-litert>=2.3,<3",
+        "litert-converter>=0.5,<0.6",
+        "ai-edge-quantizer>=0.10,<0.11",
+    ],
     "coreml": ["coremltools>=9,<10", "stablehlo-coreml>=0.1.6,<0.2"],
     "enhancement": ["pesq>=0.0.4", "pystoi>=0.4"],
     "demo": [],  # the page needs nothing more

@@ -143,6 +143,7 @@ def planned_rows(
         "rectangles_and_runs": {"lpa.aperiodic": 4, "lpa.runs": 4},
         "joint": joint,
         "random_init": {"distil.init": "random"},
+        "fitted_init": {"distil.init": "fit"},
         "no_curriculum": {"distil.curriculum": False},
         "no_co_adaptation": {"distil.co_adapt": False},
         "no_kl": {"distil.kl": 0},

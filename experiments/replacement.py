@@ -79,9 +79,15 @@ def replace_layers(
     job = Job(workdir.path, source, recipe.seed, recipe.loop)
 
     def sweep(name: str, factory: MixerFactory) -> tuple[list[nnx.Module], list[LayerError]]:
-        curriculum = recipe.distil.curriculum
         return run_sweep(
-            name, teacher, factory, recipe.sweep_steps, pairs, job, curriculum=curriculum
+            name,
+            teacher,
+            factory,
+            recipe.sweep_steps,
+            pairs,
+            job,
+            curriculum=recipe.distil.curriculum,
+            fit=recipe.distil.init == "fit",
         )
 
     with workdir.stage("sweep"), shared.part("sweep", workdir.path, "checkpoints/sweep_lpa"):

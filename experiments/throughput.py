@@ -4,8 +4,8 @@ Command     python -m experiments.throughput [--models=wav2vec2_tiny,splitformer
 Hardware    whatever JAX finds; it uses all devices of this process
 Time        some minutes on 2 CPU cores for the tiny models, most of it compilation; wav2vec2_base takes a GPU's memory
 Expect      a table: utterances and seconds of audio a second, achieved FLOP/s and their share of the measured matrix
-            product, the part of the transfer to the device that hides behind computing, and how often the data pipeline
-            is faster than computing. A compilation after the warm-up is an error: status 1
+            product, the part of the transfer to the device that hides behind computing, how often the data pipeline is
+            faster than computing, and the memory that XLA plans. A compilation after the warm-up is an error: status 1
 
 The FLOPs of a step are those that XLA counts in the program before it optimises it, with all layers written out. XLA
 counts the body of a loop once. The count of all products of the model itself, three times those of its forward pass,
@@ -64,6 +64,7 @@ flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
 flags.DEFINE_integer("accumulate", 1, "Steps whose gradients make one update.", lower_bound=1)
 flags.DEFINE_bool("scan_layers", True, "Compile equal neighbouring layers once.")
 flags.DEFINE_bool("remat", False, "Compute the inside of every layer again in the backward pass.")
+flags.DEFINE_bool("donate", True, "Let every step write over the state that it gets.")
 flags.DEFINE_integer("matmul_size", 2048, "Rows and columns of the matrix product.", lower_bound=64)
 flags.DEFINE_string(
     "data_dir",
@@ -135,14 +136,16 @@ def time_model(name: str, compilations: Compilations) -> dict[str, Any]:
     flops = float(lowered.cost_analysis()["flops"])  # pyright: ignore[reportOptionalSubscript]
     step, state = build(FLAGS.scan_layers)
     layout = Layout(mesh, state, state.params.size)
-    state, key, run = layout.place(state), layout.key(0), layout.jit(step)
+    state, key = layout.place(state), layout.key(0)
 
+    run = layout.jit(step, FLAGS.donate)
     start = time.perf_counter()
     with rematerialised(FLAGS.remat):
         for _ in range(2 * FLAGS.accumulate):
             state, metrics = run(state, on_device, key)
-    loss = float(metrics["loss"])
-    compile_seconds = time.perf_counter() - start
+        loss = float(metrics["loss"])
+        compile_seconds = time.perf_counter() - start
+        memory = step_memory(layout.compiler(step, FLAGS.donate)(state, on_device, key))
     if not np.isfinite(loss):
         raise RuntimeError(f"{name}: the loss is {loss}")
 
@@ -174,6 +177,7 @@ def time_model(name: str, compilations: Compilations) -> dict[str, Any]:
         "rows": rows,
         "seconds": FLAGS.seconds,
         "compile_s": compile_seconds,
+        "memory_mb": memory / 1e6,
         "step_s": streamed,
         "resident_step_s": resident,
         "transfer_s": transfer,
@@ -184,6 +188,13 @@ def time_model(name: str, compilations: Compilations) -> dict[str, Any]:
         "product_flops": product_flops(subject, batch),
         "compiled_after_warm_up": compiled,
     }
+
+
+def step_memory(compiled: Any) -> int:
+    """Bytes of a step on one device by XLA's plan: state, batch, results and what lies between; shared ones once."""
+    plan = compiled.memory_analysis()
+    sizes = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    return sizes - plan.alias_size_in_bytes
 
 
 def hidden(streamed: float, resident: float, transfer: float) -> float:
@@ -262,13 +273,13 @@ def render(result: dict[str, Any]) -> str:
         f"{data['audio_s_per_s']:.0f} s of audio a second, {data['audio_s_per_cpu_s']:.0f} a core-second",
         "",
         f"{'model':18}{'utt/s':>9}{'audio s/s':>11}{'step ms':>10}{'GFLOP/s':>9}{'of matmul':>11}"
-        f"{'products':>10}{'hidden':>8}{'data/compute':>14}{'compile s':>11}",
+        f"{'products':>10}{'hidden':>8}{'data/compute':>14}{'MB':>8}{'compile s':>11}",
     ]
     lines += [
         f"{row['model']:18}{row['utterances_per_s']:9.2f}{row['audio_s_per_s']:11.1f}"
         f"{1000 * row['step_s']:10.1f}{row['flops_per_s'] / 1e9:9.1f}{row['share_of_matmul']:11.1%}"
         f"{row['product_share_of_matmul']:10.1%}{row['transfer_hidden']:8.0%}"
-        f"{row['data_over_compute']:14.1f}{row['compile_s']:11.1f}"
+        f"{row['data_over_compute']:14.1f}{row['memory_mb']:8.0f}{row['compile_s']:11.1f}"
         for row in result["results"]
     ]
     return "\n".join(lines)
@@ -290,7 +301,10 @@ def experiment() -> None:
             data = data_rate(folder, "train")
     matmul = matmul_rate(FLAGS.matmul_size)
     rows = [complete(time_model(name, compilations), matmul, data) for name in FLAGS.models]
-    names = ("accumulate", "matmul_precision", "scan_layers", "remat", "matmul_size", "steps")
+    names = (
+        *("accumulate", "matmul_precision", "scan_layers", "remat", "donate"),
+        *("matmul_size", "steps"),
+    )
     result = {
         "results": rows,
         "data": data,

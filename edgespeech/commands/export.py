@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--streaming",
         action="store_true",
-        help="the step of an edge Conformer, its state in and out (--format=stablehlo or onnx)",
+        help="the step of an edge Conformer, its state in and out",
     )
     parser.add_argument(
         "--chunk", type=int, help="frames of 40 ms in a step (--streaming; default: the model's)"
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="chunks that attention sees before (--streaming; default: as above)",
     )
-    parser.add_argument("--int8", action="store_true", help="weights of 8 bits (--format=onnx)")
+    parser.add_argument("--int8", action="store_true", help="weights of 8 bits (not StableHLO)")
     parser.add_argument(
         "--output", metavar="DIR", default="exported", help="folder of the file (default: exported)"
     )
@@ -142,6 +142,10 @@ def _export_streaming(
         model, tokenizer, about, path, form=arguments.format, frames=chunk, int8=arguments.int8
     )
     manifest["wer"] |= evaluations(Path(arguments.model))
+    if arguments.format == "coreml":
+        write_manifest(path, manifest)
+        print(f"{path}: {manifest['bytes'] / 1e6:.2f} MB; {NOT_RUN}")
+        return 0
     logits, state = compare_steps(model, ExportedStream(path))
     manifest["difference_from_jax"] = logits._asdict() | {"state": state}
     write_manifest(path, manifest)

@@ -49,8 +49,8 @@ class DistilConfig:
         hard_from: part of its window, in [0, 1], after which a layer's gates are hard (phase c).
         curriculum: temperatures fall and then gates harden, in the sweep and in each window. Off: the least temperature
             and hard gates, straight through, from the first step of both.
-        init: what the value and output projections of an LPA start from in the sweep: the attention's, or random
-            values.
+        init: what an LPA starts from in the sweep: value and output projections of the attention; those, and readout
+            and local path fitted to its outputs (fit); or random values.
         joint_steps: updates after the last window, in which all replaced layers learn together with hard gates.
         final_rate: last learning rate of those over the peak, in [0, 1]; they start at the peak and fall by a cosine.
     """
@@ -79,7 +79,7 @@ class DistilConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"distil.{name} is {getattr(self, name)}: it must be in [0, 1]")
         if self.init not in get_args(Init):
-            raise ValueError(f"distil.init is {self.init!r}: choose attention or random")
+            raise ValueError(f"distil.init is {self.init!r}: choose one of {get_args(Init)}")
         if self.joint_steps < 0:
             raise ValueError(f"distil.joint_steps is {self.joint_steps}: it must be at least 0")
 

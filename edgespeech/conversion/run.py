@@ -21,6 +21,7 @@ from edgespeech.conversion.distil import (
     trained_mask,
     windows,
 )
+from edgespeech.conversion.fit import fit_linear_part
 from edgespeech.conversion.layers import mixer_layers
 from edgespeech.conversion.mixers import MixerFactory
 from edgespeech.conversion.sweep import (
@@ -37,6 +38,7 @@ from edgespeech.conversion.sweep import (
 from edgespeech.conversion.switch import finalise, install_switches
 from edgespeech.conversion.task import Task
 from edgespeech.data.batching import Batch, BatchSource
+from edgespeech.nn.lpa import LPA
 from edgespeech.training.loop import LoopConfig, train
 from edgespeech.training.state import (
     OptimizerConfig,
@@ -100,6 +102,7 @@ def run_sweep(
     job: Job,
     learning_rate: float = 3e-3,
     curriculum: bool = True,
+    fit: bool = False,
 ) -> tuple[list[nnx.Module], list[LayerError]]:
     """Trains one replacement for every layer side by side; returns them with their held-out errors.
 
@@ -112,8 +115,14 @@ def run_sweep(
         job: see `Job`.
         learning_rate: peak of AdamW.
         curriculum: see `DistilConfig`.
+        fit: start LPAs from `fit_linear_part` on the first batch.
     """
     replacements = make_replacements(teacher.model, factory, job.seed)
+    if fit:
+        pairs = teacher.pairs(job.source.batch(0))
+        for lpa, x, y in zip(replacements, pairs.x, pairs.y, strict=True):
+            if isinstance(lpa, LPA):
+                fit_linear_part(lpa, x, y, pairs.lengths)
     graphdef, params, rest = stack(replacements)
     if jax.tree.leaves(params):
         variances = jnp.asarray(output_variances(heldout), jnp.float32)
@@ -125,9 +134,12 @@ def run_sweep(
         )
         optimizer = make_optimizer(config, num_steps, params)
         objective = sweep_objective(graphdef, rest, variances, num_steps, curriculum)
-        settings: dict[str, Any] = {"steps": num_steps, "parameters": vector.size}
-        if not curriculum:  # older checkpoints do not name it
-            settings["curriculum"] = False
+        settings = {
+            "steps": num_steps,
+            "parameters": vector.size,
+            "curriculum": curriculum,
+            "fit": fit,
+        }
         state = train(
             f"sweep_{name}",
             make_step(objective, unravel, optimizer, 0.0),

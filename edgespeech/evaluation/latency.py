@@ -191,7 +191,7 @@ def ratios(rows: Sequence[Mapping[str, Any]], peers: Sequence[str]) -> dict[str,
     """Speed-ups by length and number of replaced layers, `{name: {seconds: {replaced: ratio}}}`; above 1 is faster.
 
     `like_for_like` is our median with nothing replaced over ours with N layers replaced, and `amdahl_bound` what
-    the parts measured for both allow it to be. `vs_PEER` is the peer's median over ours.
+    the parts measured for both allow it to be, the whole being their sum. `vs_PEER` is the peer's median over ours.
 
     Args:
         rows: with `implementation`, `replaced`, `seconds`, `median_ms`, and `parts_ms`, which may be empty.
@@ -216,6 +216,8 @@ def ratios(rows: Sequence[Mapping[str, Any]], peers: Sequence[str]) -> dict[str,
             whole = table[OURS, 0, row["seconds"]]
             enter("like_for_like", row, whole["median_ms"] / row["median_ms"])
             if row["parts_ms"]:
-                mixers = whole["parts_ms"]["mixers"], row["parts_ms"]["mixers"]
-                enter("amdahl_bound", row, amdahl_bound(whole["median_ms"], *mixers))
+                # Of the parts alone: timed on their own, they may take more or less than in the whole.
+                parts = whole["parts_ms"]
+                mixers = parts["mixers"], row["parts_ms"]["mixers"]
+                enter("amdahl_bound", row, amdahl_bound(sum(parts.values()), *mixers))
     return found

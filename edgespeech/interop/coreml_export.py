@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from edgespeech.errors import InputError
+from edgespeech.interop.int8 import LEAST_ELEMENTS
 from edgespeech.interop.rewrite import unrolled
 
 
@@ -23,7 +24,7 @@ def to_coreml(
     inputs: dict[str, jax.ShapeDtypeStruct],
     outputs: Sequence[str],
 ) -> Any:
-    """The `coremltools.models.MLModel` of a function; arguments as of `to_onnx`.
+    """The `coremltools.models.MLModel` of a function; arguments as of `to_onnx`, names as of `coreml_name`.
 
     Raises:
         InputError: a package is missing, or an operation of the model cannot be converted.
@@ -49,8 +50,13 @@ def to_coreml(
     ):
         for old, new in zip([feature.name for feature in features], names, strict=True):
             if old != new:
-                tools.utils.rename_feature(spec, old, new)
+                tools.utils.rename_feature(spec, old, coreml_name(new))
     return tools.models.MLModel(spec, weights_dir=model.weights_dir, skip_model_load=True)
+
+
+def coreml_name(name: str) -> str:
+    """The name of an input or output in a package, where dots may not stand."""
+    return name.replace(".", "_")
 
 
 def to_mil(function: Callable[..., Any], inputs: dict[str, jax.ShapeDtypeStruct]) -> Any:
@@ -66,6 +72,23 @@ def to_mil(function: Callable[..., Any], inputs: dict[str, jax.ShapeDtypeStruct]
         return converter.convert(module, minimum_deployment_target=tools.target.iOS18)
     except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:
         raise _refused(error) from error
+
+
+def quantize_coreml(model: Any) -> Any:
+    """The model of `to_coreml` with 8-bit weights, one scale for each output channel; it computes in float32.
+
+    Tensors of fewer than `LEAST_ELEMENTS` stay. As in `quantize_weights`, `w ~ s q` with `s = max |w| / 127`.
+    """
+    optimize: Any = importlib.import_module("coremltools.optimize.coreml")
+    how = optimize.OpLinearQuantizerConfig(
+        mode="linear_symmetric",
+        dtype="int8",
+        granularity="per_channel",
+        weight_threshold=LEAST_ELEMENTS,
+    )
+    return optimize.linear_quantize_weights(
+        model, config=optimize.OptimizationConfig(global_config=how)
+    )
 
 
 def save_coreml(model: Any, path: Path) -> int:

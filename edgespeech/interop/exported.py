@@ -25,9 +25,10 @@ from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
 from edgespeech.evaluation.machine import versions
 from edgespeech.inference.words import token_texts
-from edgespeech.interop.coreml_export import save_coreml, to_coreml
+from edgespeech.interop.coreml_export import quantize_coreml, save_coreml, to_coreml
 from edgespeech.interop.ctc_model import CTCModel
 from edgespeech.interop.int8 import quantize_onnx
+from edgespeech.interop.int8_litert import quantize_litert
 from edgespeech.interop.litert_export import load_litert, to_litert
 from edgespeech.interop.onnx_export import to_onnx
 from edgespeech.ops.ctc import BLANK
@@ -112,11 +113,11 @@ def export(
         path: of the file.
         form: one of `FORMATS`.
         seconds: of audio that it takes.
-        int8: weights of 8 bits, of the ONNX form alone; see `quantize_onnx`.
+        int8: weights of 8 bits, of any form but StableHLO; see `quantize_onnx`, `quantize_litert`, `quantize_coreml`.
 
     Raises:
-        InputError: an unknown form, int8 of another form than ONNX, a length without a frame, or see `to_onnx`,
-            `to_litert` and `to_coreml`.
+        InputError: an unknown form, int8 of StableHLO, a length without a frame, or see `to_onnx`, `to_litert` and
+            `to_coreml`.
     """
     samples, n = check_choice(model, form, seconds, int8)
     shapes = {
@@ -174,15 +175,24 @@ def model_facts(
 
 def check_choice(model: CTCModel, form: str, seconds: float, int8: bool) -> tuple[int, int]:
     """Samples and frames of a file; errors as of `export`."""
-    if form not in FORMATS or (int8 and form != "onnx"):
-        raise InputError(
-            f"format {form!r}, int8 {int8}: choose one of {', '.join(FORMATS)}, or onnx with int8"
-        )
+    check_form(form, int8)
     samples = round(seconds * SAMPLE_RATE)
     n = int(model.config.num_frames(samples))
     if n < 1:
         raise InputError(f"{seconds:g} s of audio hold no frame of this model: give more seconds")
     return samples, n
+
+
+def check_form(form: str, int8: bool) -> None:
+    """Refuses what cannot be written.
+
+    Raises:
+        InputError: an unknown form, or int8 of StableHLO.
+    """
+    if form not in FORMATS:
+        raise InputError(f"format {form!r}: choose one of {', '.join(FORMATS)}")
+    if int8 and form == "stablehlo":
+        raise InputError("StableHLO is written in float32 alone: choose another format for int8")
 
 
 def store(
@@ -195,7 +205,8 @@ def store(
 ) -> int:
     """Writes a function in one of `FORMATS`, whole or not at all; returns its bytes. Arguments as of `to_onnx`."""
     if form == "coreml":
-        return save_coreml(to_coreml(function, inputs, outputs), path)
+        model = to_coreml(function, inputs, outputs)
+        return save_coreml(quantize_coreml(model) if int8 else model, path)
     data = serialized(function, inputs, outputs, form, int8)
     write_atomically(path, lambda file: file.write(data))
     return len(data)
@@ -212,7 +223,8 @@ def serialized(
     if form == "stablehlo":
         return bytes(_export_module().export(jax.jit(function))(*inputs.values()).serialize())
     if form == "litert":
-        return to_litert(function, inputs, outputs)
+        data = to_litert(function, inputs, outputs)
+        return quantize_litert(data) if int8 else data
     proto = to_onnx(function, inputs, outputs)
     return (quantize_onnx(proto) if int8 else proto).SerializeToString()
 

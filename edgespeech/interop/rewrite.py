@@ -2,8 +2,9 @@
 
 The LiteRT converter cannot write what holds a program of its own, such as a loop or a scatter: a loop of known length
 becomes its body once for each turn, and `x.at[:, i].add(row)` a masked sum. Neither format multiplies matrices with
-more than three batch axes: they become one. Core ML's programs have no complex numbers, and gathers whose batch axes
-are not in front become loops there: a transform of a real array becomes two matrix products, and the axes are moved.
+more than three batch axes: they become one. Core ML's programs have no complex numbers and no padding between elements,
+and gathers whose batch axes are not in front become loops there: a transform of a real array becomes two products,
+the padding a concatenation, and the axes are moved.
 """
 
 import math
@@ -43,7 +44,7 @@ def unrolled(function: Callable[..., Any], *, coreml: bool = False) -> Callable[
     Args:
         function: traceable by JAX, returns an array or a sequence of arrays.
         coreml: rewrite also what Core ML has not: transforms of real arrays,
-            `rfft(x)_k = sum_j x_j cos(2 pi j k / n) - i sum_j x_j sin(2 pi j k / n)`, and gathers.
+            `rfft(x)_k = sum_j x_j cos(2 pi j k / n) - i sum_j x_j sin(2 pi j k / n)`, gathers, and padding.
 
     Raises:
         InputError: when it is traced for Core ML, if it has another transform, or a spectrum meets something else
@@ -95,6 +96,8 @@ def _apply(equation: Any, operands: list[Any], coreml: bool) -> Sequence[Any]:
         return [_flat_product(operands[0], operands[1], params)]
     if name == "gather" and coreml and _takes_along_an_axis(params["dimension_numbers"]):
         return [_batch_first_gather(operands[0], operands[1], params)]
+    if name == "pad" and coreml:
+        return [_pad(operands[0], operands[1], params["padding_config"])]
     if name == "fft" and coreml:
         kind, lengths = params["fft_type"], params["fft_lengths"]
         if kind != lax.FftType.RFFT or len(lengths) != 1:
@@ -127,6 +130,19 @@ def _add_row(x: Array, index: Array, row: Array, axis: int) -> Array:
         jnp.arange(x.shape[axis]) == index, [i for i in range(x.ndim) if i != axis]
     )
     return x + jnp.where(here, lax.expand_dims(row, (axis,)), 0)
+
+
+def _pad(x: Array, value: Array, config: Sequence[tuple[int, int, int]]) -> Array:
+    """`lax.pad`, what comes between elements by concatenation."""
+    for axis, (_, _, between) in enumerate(config):
+        n = x.shape[axis]
+        if between and n > 1:
+            shape = (*x.shape[: axis + 1], between, *x.shape[axis + 1 :])
+            filled = [lax.expand_dims(x, [axis + 1]), lax.broadcast(value, shape)]
+            whole = (*x.shape[:axis], n * (between + 1), *x.shape[axis + 1 :])
+            x = lax.concatenate(filled, axis + 1).reshape(whole)
+            x = lax.slice_in_dim(x, 0, n * (between + 1) - between, axis=axis)
+    return lax.pad(x, value, [(low, high, 0) for low, high, _ in config])
 
 
 def _flat_product(a: Array, b: Array, params: dict[str, Any]) -> Array:

@@ -1,9 +1,9 @@
-"""The step of a streaming model in one file for devices, StableHLO or ONNX: the state goes in and comes out.
+"""The step of a streaming model in one file for devices: the state goes in and comes out.
 
 A file takes `audio [1 c]`, float32 in [-1, 1] at 16 kHz, the next chunk of a stream; `length [1]`, int32, its valid
 samples, fewer than c at the stream's end alone; and the leaves of the state under `state.` and their paths, such as
 `state.layers.0.mixer.past.keys`. It gives `logits [1 n v]`; `frames [1]`, the valid ones among them; and the leaves
-after the chunk, in the same order, under `next.` and their paths.
+after the chunk, in the same order, under `next.` and their paths. Core ML has underscores for the dots.
 
 The state before the first chunk lies beside the file, as `FILE.state.npz`. It is not all zeros: the running norm of the
 features starts from a prior. Leaves without an element, such as the past of attention without left context, stay out.
@@ -22,12 +22,12 @@ from flax import nnx
 from edgespeech.data.corpus import write_atomically
 from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
-from edgespeech.interop.exported import OUTPUTS, model_facts, store, write_manifest
+from edgespeech.interop.coreml_export import coreml_name
+from edgespeech.interop.exported import OUTPUTS, check_form, model_facts, store, write_manifest
 from edgespeech.models.edge_conformer import EdgeConformer
 from edgespeech.models.edge_conformer_config import STRIDE
 from edgespeech.types import SAMPLE_RATE
 
-FORMATS = ("stablehlo", "onnx")
 STATE, NEXT = "state.", "next."
 
 
@@ -80,17 +80,16 @@ def export_streaming(
         tokenizer: of its vocabulary.
         about: what was saved with the model; `licence` and WER go into the manifest.
         path: of the file.
-        form: one of `FORMATS`.
+        form: one of `exported.FORMATS`.
         frames: of 40 ms in a chunk of the file, a multiple of the model's; None: `model.config.chunk`.
-        int8: weights of 8 bits, of the ONNX form alone; see `quantize_onnx`.
+        int8: weights of 8 bits; see `exported.export`.
 
     Raises:
-        InputError: an unknown form, int8 of another form than ONNX, frames that the model's chunks do not divide, a
-            model that does not compute in float32, or see `to_onnx`.
+        InputError: frames that the model's chunks do not divide, a model that does not compute in float32, or see
+            `exported.export`.
     """
     frames = model.config.chunk if frames is None else frames
-    if form not in FORMATS or (int8 and form != "onnx"):
-        raise InputError(f"format {form!r}, int8 {int8}: choose stablehlo, onnx, or onnx with int8")
+    check_form(form, int8)
     if frames < 1 or frames * STRIDE % model.chunk:
         raise InputError(
             f"a step of {frames} frames for a model with chunks of {model.chunk // STRIDE}: give a multiple of it, or "
@@ -113,8 +112,10 @@ def export_streaming(
     }
     outputs = (*OUTPUTS, *(NEXT + name for name in step.initial))
     size = store(path, step.call, inputs, outputs, form, int8)
+    name = coreml_name if form == "coreml" else str
     packed = io.BytesIO()
-    np.savez(packed, allow_pickle=False, **step.initial)
+    first = {name(leaf): value for leaf, value in step.initial.items()}
+    np.savez(packed, allow_pickle=False, **first)
     write_atomically(state_path(path), lambda file: file.write(packed.getvalue()))
     manifest = {
         "file": path.name,
@@ -145,13 +146,13 @@ def export_streaming(
         },
         "state": {
             "is": "inputs after audio and length, outputs after logits and frames, both in this order",
-            "input_prefix": STATE,
-            "output_prefix": NEXT,
+            "input_prefix": name(STATE),
+            "output_prefix": name(NEXT),
             "initial": state_path(path).name,
             "bytes": sum(leaf.nbytes for leaf in step.initial.values()),
             "leaves": {
-                name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
-                for name, leaf in step.initial.items()
+                name(path): {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
+                for path, leaf in step.initial.items()
             },
         },
         **model_facts(model, tokenizer, about, form, int8),

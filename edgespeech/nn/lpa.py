@@ -29,7 +29,7 @@ from edgespeech.ops.conv import depthwise_conv
 from edgespeech.ops.mask import mask_from_lengths, zero_padding
 from edgespeech.types import Array, Bool, Float, Frames, Lengths, Mask, Scalar
 
-Init = Literal["attention", "random"]  # of the projections: see `LPA.from_attention`
+Init = Literal["attention", "fit", "random"]  # of the projections: see `LPA.from_attention`
 # Temperatures at progress 0 and 1 (ours). A rectangle's is in frames; the other gates' has no unit.
 RECTANGLE_TAU = (8.0, 0.25)
 GATE_TAU = (1.0, 0.02)
@@ -144,7 +144,7 @@ class LPA(nnx.Module):
         """LPA that starts with the attention's value and output projections, copied; missing biases are zero.
 
         The paper's "selective initialisation" is, as we read it, this; everything else is new. With `init="random"`
-        nothing is copied but the sizes.
+        nothing is copied but the sizes; "fit" is for whoever has data: see `conversion.fit`, which starts from here.
         """
         v_proj = attention.v_proj
         lpa = cls(

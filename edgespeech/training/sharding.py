@@ -100,12 +100,12 @@ class Layout:
         """The random key of a seed, everywhere."""
         return jax.jit(lambda: jax.random.key(seed), out_shardings=self._everywhere)()
 
-    def jit(self, step_function: Callable) -> Callable:
-        """The step for states that lie so, compiled when it is called.
+    def jit(self, step_function: Callable, donate: bool = True) -> Callable:
+        """The step for states that lie so, compiled when it is called; its metrics are everywhere.
 
-        The state that it gets is used up; its metrics are everywhere.
+        The state that it gets is used up, or without `donate` stays alive beside the new one.
         """
-        jitted = self._jitted(step_function)
+        jitted = self._jitted(step_function, donate)
 
         def call(state, batch, key):
             with jax.set_mesh(self._mesh):
@@ -113,9 +113,9 @@ class Layout:
 
         return call
 
-    def compiler(self, step_function: Callable) -> Callable:
+    def compiler(self, step_function: Callable, donate: bool = True) -> Callable:
         """What compiles the same step for the shapes of `(state, batch, key)`, without a call of it."""
-        jitted = self._jitted(step_function)
+        jitted = self._jitted(step_function, donate)
 
         def compile_for(state, batch, key):
             with jax.set_mesh(self._mesh):
@@ -123,12 +123,16 @@ class Layout:
 
         return compile_for
 
-    def _jitted(self, step_function: Callable):
+    def _jitted(self, step_function: Callable, donate: bool):
         def step(state, batch, key):
             state, metrics = step_function(self._without_zeros(state), batch, key)
             return self._with_zeros(state), metrics
 
-        return jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, self._everywhere))
+        return jax.jit(
+            step,
+            donate_argnums=0 if donate else (),
+            out_shardings=(self._shardings, self._everywhere),
+        )
 
     def whole(self, state: Tree) -> Tree:
         """The state as every process has it for itself, on its first device."""

@@ -156,7 +156,10 @@ def test_ratios():
     ]
     assert ratios(rows, ["eager", "sdpa"]) == {
         "like_for_like": {"10": {"8": 2.0}, "2.5": {"8": 1.25}},
-        "amdahl_bound": {"10": {"8": 100 / 60}, "2.5": {"8": 1.25}},
+        "amdahl_bound": {
+            "10": {"8": 65 / 25},
+            "2.5": {"8": 15 / 9},
+        },  # of the parts, 5 ms and mixers
         "vs_eager": {"10": {"0": 3.0, "8": 6.0}},
         "vs_sdpa": {},
     }

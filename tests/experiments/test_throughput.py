@@ -50,7 +50,7 @@ def small(tmp_path_factory):
         [
             *(sys.executable, "-c", SMALL, "--models=small", "--seconds=1", "--rows=2"),
             *("--steps=2", "--accumulate=2", "--matmul_size=64", "--data_seconds=0.2"),
-            *("--remat", "--matmul_precision=float32"),
+            *("--remat", "--matmul_precision=float32", "--nodonate"),
             *(f"--json={path}", f"--cache_dir={os.environ['JAX_COMPILATION_CACHE_DIR']}"),
         ],
         capture_output=True, text=True, cwd=ROOT, check=False,
@@ -77,7 +77,9 @@ def test_rates_follow_from_the_times(small):
     assert 0 <= row["transfer_hidden"] <= 1
     assert row["compiled_after_warm_up"] == 0
     settings = result["settings"]
-    assert (settings["accumulate"], settings["remat"]) == (2, True)
+    assert (settings["accumulate"], settings["remat"], settings["donate"]) == (2, True, False)
+    # Parameters, two moments, the average and the sum of gradients in float32; the old ones beside the new ones.
+    assert row["memory_mb"] * 1e6 > 2 * 5 * 4 * row["parameters"]
     assert result["data"]["threads"] == 2
     line = next(line.split() for line in out.splitlines() if line.startswith("small "))
     assert line[:4] == ["small", f"{2 / step:.2f}", f"{2 / step:.1f}", f"{1000 * step:.1f}"]

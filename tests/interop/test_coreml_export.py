@@ -3,6 +3,7 @@
 Running one takes an Apple system; what coremltools works out by itself is compared with JAX.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -16,15 +17,24 @@ from edgespeech.cli import main
 from edgespeech.conversion.mixers import lpa_factory
 from edgespeech.data.tokenizer import CharTokenizer
 from edgespeech.errors import InputError
-from edgespeech.interop.coreml_export import to_coreml, to_mil
+from edgespeech.interop.coreml_export import (
+    quantize_coreml,
+    save_coreml,
+    to_coreml,
+    to_mil,
+)
 from edgespeech.interop.exported import export, manifest_path, open_exported
 from edgespeech.interop.exported_exits import MANIFEST
+from edgespeech.interop.int8 import quantize_weights
 from edgespeech.interop.parity import speech_like
 from edgespeech.interop.pretrained import save_pretrained
+from edgespeech.interop.streaming_export import state_path
+from edgespeech.models.edge_conformer import EdgeConformer
 from edgespeech.models.wav2vec2 import count_parameters
 from edgespeech.nn.lpa import harden
 from edgespeech.ops.features import log_mel
 from tests.interop.test_export import ALL_KINDS
+from tests.support.edge import TOKENIZER, TOY
 from tests.support.modules import randomize
 from tests.support.tiny import tiny_model
 from tests.support.tiny_exits import exit_model
@@ -103,6 +113,55 @@ def test_exits_by_the_command(tmp_path, capsys):
         ("logits", [1, n, model.config.vocab_size]),
     ]
     assert "while_loop" not in operations(spec)
+
+
+def test_a_step_of_a_stream(tmp_path, capsys):
+    """By the command: every leaf of the state is an input and an output."""
+    for mixer in ("attention", "lpa"):
+        config = dataclasses.replace(TOY, mixer=mixer, num_layers=1, left=2)
+        model = randomize(EdgeConformer(config, rngs=nnx.Rngs(0)), 1)
+        save_pretrained(tmp_path / mixer, model, TOKENIZER, {})
+        options = ["--format=coreml", "--streaming", f"--output={tmp_path / 'out'}"]
+        assert main(["export", f"--model={tmp_path / mixer}", *options]) == 0
+        assert "converted, not run" in capsys.readouterr().out
+        path = tmp_path / "out" / "step.mlpackage"
+        manifest = json.loads(manifest_path(path).read_text())
+        spec = coremltools.utils.load_spec(str(path))
+        leaves = {name: leaf["shape"] for name, leaf in manifest["state"]["leaves"].items()}
+        assert interface(spec.description.input) == [
+            ("audio", [1, manifest["chunk_samples"]]),
+            ("length", [1]),
+            *((f"state_{name}", shape) for name, shape in leaves.items()),
+        ]
+        outputs = [name for name, _ in interface(spec.description.output)]
+        assert outputs == ["logits", "frames", *(f"next_{name}" for name in leaves)]
+        assert manifest["state"]["input_prefix"] == "state_"
+        with np.load(state_path(path)) as first:
+            assert {name: list(first[name].shape) for name in first.files} == leaves
+        assert "while_loop" not in operations(spec)
+
+
+def test_8_bits_are_those_of_the_weights(tmp_path):
+    """Values and scales as they are stored, against `quantize_weights`; small tensors stay."""
+    weights, small = (
+        np.random.default_rng(i).normal(size=shape).astype(np.float32)
+        for i, shape in enumerate([(48, 32), (32, 4)])
+    )
+    weights *= np.geomspace(0.01, 10, 32).astype(np.float32)
+    shapes = {"x": jax.ShapeDtypeStruct((6, 48), jnp.float32)}
+    model = to_coreml(lambda x: jnp.tanh(x @ weights) @ small, shapes, ["y"])
+    spec = quantize_coreml(model).get_spec()
+    (block,) = spec.mlProgram.functions["main"].block_specializations.values()
+    kinds = [operation.type for operation in block.operations]
+    assert sum("constexpr" in kind for kind in kinds) == 1
+    eight = save_coreml(quantize_coreml(model), tmp_path / "eight.mlpackage")
+    assert eight < save_coreml(model, tmp_path / "whole.mlpackage") - 2 * weights.size
+    (stored,) = (tmp_path / "eight.mlpackage").rglob("weight.bin")
+    values, scale = quantize_weights(weights, axis=1)
+    data = stored.read_bytes()
+    # The converter may turn the matrix round.
+    assert values.tobytes() in data or values.T.tobytes() in data
+    assert scale.tobytes() in data
 
 
 def test_what_cannot_be_converted_is_refused():

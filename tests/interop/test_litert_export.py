@@ -118,8 +118,6 @@ def test_manifest_and_damage(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="cannot be loaded"):
         open_exported(path)
-    with pytest.raises(InputError, match="or onnx with int8"):
-        export(model, CharTokenizer(), {}, path, form="litert", seconds=0.5, int8=True)
 
 
 def test_one_file_for_each_exit_of_an_encoder(tmp_path):

@@ -78,6 +78,20 @@ def test_transforms_become_products():
     np.testing.assert_allclose(got, power(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "config", [((0, 0, 1), (2, 1, 0)), ((1, 2, 3), (0, 0, 2)), ((-1, 0, 2), (0, -2, 1))]
+)
+def test_padding_between_elements(config):
+    x = random(3, 4)
+    got = unrolled(lambda x: lax.pad(x, jnp.float32(7), config), coreml=True)
+    kept = [e for e in jax.make_jaxpr(got)(x).jaxpr.eqns if e.primitive.name == "pad"]
+    assert kept
+    assert not any(between for e in kept for _, _, between in e.params["padding_config"])
+    np.testing.assert_array_equal(got(x), lax.pad(x, jnp.float32(7), config))
+    one = random(1, 4)  # nothing lies between the elements of an axis of one
+    np.testing.assert_array_equal(got(one), lax.pad(one, jnp.float32(7), config))
+
+
 def test_products_have_few_batch_axes():
     a, b = random(2, 3, 5, 2, 4, 6), random(4, 5, 2, 6, 2, 3, seed=1)
 

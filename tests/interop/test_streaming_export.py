@@ -45,6 +45,12 @@ CHANGES = {
     },
 }
 
+PACKAGES = {
+    "onnx": ("onnx", "onnxruntime"),
+    "stablehlo": (),
+    "litert": ("litert_converter", "ai_edge_litert"),
+}
+
 
 def make(**changes):
     """Random, its gates hard."""
@@ -93,13 +99,12 @@ def run_in_jax(model, audio, chunk):
         yield np.asarray(logits)[0, : int(frames[0])], leaves
 
 
-@pytest.mark.parametrize("form", ["onnx", "stablehlo"])
+@pytest.mark.parametrize("form", ["onnx", "stablehlo", "litert"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_steps_are_those_of_the_model(name, form, tmp_path):
     """After 1, 2, ... 6 chunks, the last of them not full: logits and every leaf of the state."""
-    if form == "onnx":
-        pytest.importorskip("onnx")
-        pytest.importorskip("onnxruntime")
+    for package in PACKAGES[form]:
+        pytest.importorskip(package)
     model, audio, steps = model_and_steps(name)
     export_streaming(model, TOKENIZER, {}, tmp_path / "step", form=form)
     stream = ExportedStream(tmp_path / "step")
@@ -221,8 +226,10 @@ def test_compare_steps_sees_a_difference(attention, onnx_file):
 
 def test_refusals(attention, onnx_file, tmp_path):
     give = (attention, TOKENIZER, {}, tmp_path / "x")
-    with pytest.raises(InputError, match="choose stablehlo, onnx, or onnx with int8"):
+    with pytest.raises(InputError, match="StableHLO is written in float32 alone"):
         export_streaming(*give, form="stablehlo", int8=True)
+    with pytest.raises(InputError, match="format 'tflite': choose one of"):
+        export_streaming(*give, form="tflite")
     with pytest.raises(InputError, match="a step of 4 frames for a model with chunks of 3"):
         export_streaming(*give, form="onnx", frames=4)
     half = EdgeConformer(dataclasses.replace(CONFIG, dtype="float16"), rngs=nnx.Rngs(0))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from edgespeech.nn import transformer
 from edgespeech.nn.token_mixer_controls import Removed
 from edgespeech.nn.transformer import ConvPositions, EncoderLayer, FeedForward, run_layers
 from tests.support import reference
@@ -83,6 +84,29 @@ def test_feed_forward_drops_after_the_activation():
 
 
 # ----------------------------------------------------------------------------- stacked layers
+
+
+@pytest.mark.parametrize("n", [16, 17, 24, 31])
+def test_many_frames_go_through_in_blocks(monkeypatch, n):
+    """Values, and gradients of frames and parameters; up to two blocks there is one."""
+    module = randomize(FeedForward(D, 24, 0.5, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(n), (2, n, D))
+    weights = jax.random.normal(jax.random.key(1), x.shape)
+
+    def run():
+        def loss(module, x):
+            return jnp.sum(jnp.sin(module(x)) * weights)
+
+        found = nnx.value_and_grad(loss, argnums=(0, 1))(module, x)
+        return found, "scan" in str(jax.make_jaxpr(lambda x: module(x))(x))
+
+    whole, looped = run()
+    assert not looped
+    monkeypatch.setattr(transformer, "BLOCK", 8)
+    blocks, looped = run()
+    assert looped == (n > 16)
+    for a, b in zip(jax.tree.leaves(blocks), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_key", [False, True])

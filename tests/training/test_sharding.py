@@ -71,15 +71,23 @@ def test_what_does_not_divide_the_devices_is_refused():
         make_mesh(model_parallel=2)
 
 
-def test_a_state_comes_back_whole_and_its_own():
+@pytest.mark.parametrize("donate", [True, False])
+def test_a_state_comes_back_whole_and_its_own(donate):
     state = {"vector": jnp.arange(5.0), "count": jnp.asarray(3), "none": None}
     layout = Layout(make_mesh(), state, 5)
     placed = layout.place(state)
-    step = layout.jit(lambda s, batch, key: (s | {"vector": s["vector"] * batch}, {"sum": batch}))
+
+    def function(s, batch, key):
+        return s | {"vector": s["vector"] * batch}, {"sum": batch}
+
+    step = layout.jit(function, donate)
+    compiled = layout.compiler(function, donate)(placed, jnp.asarray(2.0), layout.key(0))
+    shared = compiled.memory_analysis().alias_size_in_bytes
+    assert shared == (4 * (5 + 1) if donate else 0)
     after, metrics = step(placed, jnp.asarray(2.0), layout.key(0))
     assert_same_bits(layout.whole(after), state | {"vector": jnp.arange(5.0) * 2})
     assert float(metrics["sum"]) == 2.0
-    assert placed["vector"].is_deleted()
+    assert placed["vector"].is_deleted() == donate
     np.testing.assert_array_equal(state["vector"], np.arange(5.0))
 
 
