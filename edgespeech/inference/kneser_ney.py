@@ -14,7 +14,7 @@ modified Kneser-Ney language model estimation", 2013.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from edgespeech.errors import InputError
@@ -51,7 +51,7 @@ def estimate_ngrams(texts: Iterable[str], order: int) -> NgramModel:
     for n, of_order in enumerate(counts, 1):
         discounts = _discounts(of_order)
         totals: Counter[Context] = Counter()
-        freed: Counter[Context] = Counter()
+        freed: dict[Context, float] = defaultdict(float)
         for ngram, count in of_order.items():
             totals[ngram[:-1]] += count
             freed[ngram[:-1]] += discounts[min(count, 3)]
