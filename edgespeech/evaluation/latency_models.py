@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from edgespeech.evaluation.latency import Prepare
+from edgespeech.inference.compiling import inference_options
 from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import LPA, harden
@@ -177,7 +178,9 @@ def compile_ahead(
     def run(leaves, *arrays):
         return function(nnx.merge(graphdef, jax.tree.unflatten(structure, leaves)), *arrays)
 
-    return jax.jit(run).lower(leaves, *arrays).compile(), leaves
+    return jax.jit(run, compiler_options=inference_options()).lower(
+        leaves, *arrays
+    ).compile(), leaves
 
 
 def prepare_forward(timed: TimedModel, model: Any, audio: np.ndarray) -> functools.partial:

@@ -19,6 +19,7 @@ from edgespeech.data.audio import to_int16
 from edgespeech.data.corpus import write_atomically
 from edgespeech.errors import InputError
 from edgespeech.inference.audio_blocks import BLOCK, cut, read_blocks, resampled, unreadable
+from edgespeech.inference.compiling import inference_options
 from edgespeech.models.sepformer import SepFormer
 
 # `(audio [c t], lengths [c]) -> [c spk t]`
@@ -151,7 +152,10 @@ def enhance_file(
 
 def _process(model: SepFormer) -> Process:
     graphdef, state = nnx.split(model)
-    run = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs).estimates)
+    run = jax.jit(
+        lambda state, *inputs: nnx.merge(graphdef, state)(*inputs).estimates,
+        compiler_options=inference_options(),
+    )
     return lambda audio, lengths: np.asarray(run(state, audio, lengths))
 
 

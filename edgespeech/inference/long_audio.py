@@ -12,6 +12,7 @@ from flax import nnx
 
 from edgespeech.errors import InputError
 from edgespeech.inference.audio_blocks import cut, read_blocks, resampled
+from edgespeech.inference.compiling import inference_options
 from edgespeech.inference.words import TextTokenizer, Word, text_of, token_texts, words_of_path
 from edgespeech.ops.ctc import greedy_path
 from edgespeech.types import SAMPLE_RATE
@@ -86,12 +87,11 @@ class LongAudio:
         self._hop = self._step * frame
         graphdef, self._state = nnx.split(model)
 
-        @jax.jit
         def path(state, audio, lengths):
             output = nnx.merge(graphdef, state)(audio, lengths)
             return greedy_path(output.logits, output.lengths)
 
-        self._path = path
+        self._path = jax.jit(path, compiler_options=inference_options())
 
     def file(self, path: str | os.PathLike) -> Transcript:
         """Transcribes a file: WAV, FLAC, Ogg (Vorbis, Opus) or MP3, any rate, the mean of its channels.

@@ -174,7 +174,7 @@ def test_without_the_curriculum_it_is_cold_and_hard_from_the_start(pairs):
 def test_a_sweep_without_the_curriculum_has_checkpoints_of_its_own(teacher, tmp_path):
     heldout = [teacher.pairs(next(tone_source().eval_batches()))]
     run_sweep("lpa", teacher, lpa_factory(SMALL_LPA), 2, heldout, job(tmp_path))
-    with pytest.raises(InputError, match="curriculum was None and is False"):
+    with pytest.raises(InputError, match="curriculum was True and is False"):
         run_sweep(
             "lpa", teacher, lpa_factory(SMALL_LPA), 2, heldout, job(tmp_path), curriculum=False
         )
