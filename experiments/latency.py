@@ -3,9 +3,9 @@
 Command     python -m experiments.latency --model=wav2vec2_base --replaced=0,8,12 --seconds=10,30,60,120 --peers \\
                 --json=latency.json
 Hardware    2 CPU cores, 16 GB
-Time        about 12 minutes with 3 repeats; 16 GB of memory with --peers at 120 s
-Expect      at 120 s, 8 of 12 layers replaced: 1.6 times as fast as attention like for like, 6 times as fast as
-            transformers with eager attention, 2.7 with SDPA; see docs/results/latency.md
+Time        20 minutes with --peers and 6 without; 16 GB of memory with --peers at 120 s
+Expect      at 120 s, 8 of 12 layers replaced: 1.5 times as fast as attention like for like, 8 times as fast as
+            transformers with eager attention, 2.8 with SDPA; see docs/results/latency.md
 
 SepFormer, of 8 kHz audio, with LPA in its intra-chunk layers, beside SpeechBrain's:
 
