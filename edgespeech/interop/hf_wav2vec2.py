@@ -22,7 +22,7 @@ from edgespeech.interop.hf_layout import (
     standard_names,
     write_fields,
 )
-from edgespeech.interop.tensors import build, named_params, require_tensors
+from edgespeech.interop.tensors import named_params, require_tensors, sketch, zeroed
 from edgespeech.models.wav2vec2 import Padding, Wav2Vec2, Wav2Vec2Config
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.types import SAMPLE_RATE
@@ -78,17 +78,21 @@ def load_hf_wav2vec2(path_or_id: str | Path, padding: Padding = "exact") -> HFWa
     tensors = standard_names(read_weights(weights_path))
     has_head = any(name in tensors for name in HEAD)
     tokenizer, notes = _read_tokenizer(folder, hf_config, has_head)
+    optional = (MASK,) if has_head else (*HEAD, MASK)
+    absent = [name for name in optional if name not in tensors]
     try:
         fields = {**read_fields(hf_config), "vocab_size": tokenizer.vocab_size}
         config = Wav2Vec2Config(**fields, padding=padding)
-        path = folder / "config.json"
-        model = build(lambda: Wav2Vec2(config, rngs=nnx.Rngs(0)), path, fields, tensors)
+
+        def make() -> Wav2Vec2:
+            return Wav2Vec2(config, rngs=nnx.Rngs(0))
+
+        model = sketch(make, folder / "config.json", fields, tensors)
+        model = make() if absent else zeroed(model)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise InputError(f"{folder / 'config.json'} does not describe a model: {error}") from error
 
     params = {hf_names(len(model.layers))[n]: p for n, p in named_params(model).items()}
-    optional = (MASK,) if has_head else (*HEAD, MASK)
-    absent = [name for name in optional if name not in tensors]
     require_tensors(
         {n: p.shape[::-1] for n, p in params.items() if n not in absent},
         tensors,

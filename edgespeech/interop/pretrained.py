@@ -17,7 +17,7 @@ from edgespeech.data.corpus import write_atomically
 from edgespeech.data.tokenizer import Tokenizer, load_tokenizer
 from edgespeech.errors import InputError
 from edgespeech.interop.moonshine_tokenizer import PieceTokenizer, load_piece_tokenizer
-from edgespeech.interop.tensors import build, named_variables, require_tensors
+from edgespeech.interop.tensors import named_variables, require_tensors, sketch, zeroed
 from edgespeech.models.edge_conformer import EdgeConformer
 from edgespeech.models.edge_conformer_config import EdgeConformerConfig
 from edgespeech.models.moonshine import Moonshine, MoonshineConfig
@@ -131,7 +131,7 @@ def load_pretrained(folder: Path) -> tuple[Model, AnyTokenizer | None, dict[str,
         about = description["about"]
         weights = load_file(folder / "weights.safetensors")
         sizes = {key: description[key] for key in ("config", "mixers")}
-        model = build(lambda: _new_model(family, description), path, sizes, weights)
+        model = zeroed(sketch(lambda: _new_model(family, description), path, sizes, weights))
     except FileNotFoundError as error:
         names = ("model.json", "weights.safetensors")
         missing = next((name for name in names if not (folder / name).exists()), names[0])

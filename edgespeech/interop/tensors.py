@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -57,13 +58,13 @@ def require_sizes(path: Path, config: Mapping[str, Any], weights: Mapping[str, n
             )
 
 
-def build(
+def sketch(
     make: Callable[[], M], path: Path, config: Mapping[str, Any], weights: Mapping[str, np.ndarray]
 ) -> M:
-    """Makes the model of a configuration, if its size goes with that of the weights, without trying.
+    """The model of a configuration, shapes for arrays, if its size goes with that of the weights.
 
     Args:
-        make: the model, any values.
+        make: the model, any values; traced, not run.
         path: of the configuration, for the message.
         config: see `require_sizes`.
         weights: by name.
@@ -73,13 +74,21 @@ def build(
     """
     require_sizes(path, config, weights)
     have = sum(array.size for array in weights.values())
-    sketch = nnx.state(nnx.eval_shape(make), nnx.Param)
-    need = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(sketch))
+    model = nnx.eval_shape(make)
+    need = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     if need > have + MOST_ABSENT:
         raise InputError(
             f"{path} describes {need:,} parameters and there are weights for {have:,}: save or fetch the model again"
         )
-    return make()
+    return model
+
+
+def zeroed(model: M) -> M:
+    """A sketch with zeros for arrays: no initialiser runs, where all values come from a file."""
+    graphdef, state = nnx.split(model)
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), state)
+    )
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
