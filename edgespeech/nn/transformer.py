@@ -42,19 +42,12 @@ class FeedForward(nnx.Module):
 
 
 def in_blocks(function: Callable[[Frames], Frames], x: Frames, size: int) -> Frames:
-    """A function of single frames, `[b n d] -> [b n d]`, on `size` of them at a time, one block after another.
-
-    The last block ends with the last frame, and so begins inside the one before; n is at least `size`.
-    """
-    n = x.shape[1]
-    starts = jnp.minimum(size * jnp.arange(-(-n // size)), n - size)
-
-    def block(y: Frames, start: Array) -> tuple[Frames, None]:
-        piece = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(y, function(piece), start, axis=1), None
-
-    result = jax.eval_shape(function, x)
-    return jax.lax.scan(block, jnp.zeros(result.shape, result.dtype), starts)[0]
+    """A function of single frames, `[b n d] -> [b n d]`, on `size` of them at a time, one block after another."""
+    b, n, d = x.shape
+    count = -(-n // size)
+    blocks = jnp.pad(x, ((0, 0), (0, count * size - n), (0, 0))).reshape(b, count, size, d)
+    y = jax.lax.map(function, blocks.swapaxes(0, 1))
+    return y.swapaxes(0, 1).reshape(b, count * size, d)[:, :n]
 
 
 class EncoderLayer(nnx.Module):

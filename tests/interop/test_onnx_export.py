@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 
 from edgespeech.errors import InputError
 from edgespeech.interop.onnx_export import to_onnx
+from edgespeech.nn import transformer
+from edgespeech.nn.transformer import FeedForward
 from edgespeech.ops.conv import conv1d, depthwise_conv
 
 onnx = pytest.importorskip("onnx")
@@ -132,6 +135,18 @@ def test_depthwise_convolution_is_one_node():
     ops = [node.op_type for node in model.graph.node]
     assert ops.count("Conv") == 1
     assert "Slice" not in ops
+
+
+def test_feed_forward_in_blocks(monkeypatch):
+    """As long audio has it: a loop over blocks of frames, which is unrolled here."""
+    module = FeedForward(12, 24, 0.0, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(module)
+    x = np.random.default_rng(0).normal(size=(2, 29, 12)).astype(np.float32)
+    want = module(x)
+    monkeypatch.setattr(transformer, "BLOCK", 8)
+    (got,), model = run_graph(lambda x: nnx.merge(graphdef, state)(x), x)
+    assert [node.op_type for node in model.graph.node].count("MatMul") == 2 * 4
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 def test_what_depends_on_no_input_is_a_constant():
