@@ -134,6 +134,8 @@ def test_refusals(exported, tmp_path):
     folder, model = exported
     give = (model, CharTokenizer(), {}, tmp_path / "x")
     with pytest.raises(InputError, match="choose one of stablehlo, onnx, litert, coreml"):
+        export(*give, form="tflite", seconds=1.0)
+    with pytest.raises(InputError, match="float32 alone: choose another format for int8"):
         export(*give, form="stablehlo", seconds=1.0, int8=True)
     with pytest.raises(InputError, match="hold no frame"):
         export(*give, form="stablehlo", seconds=0.01)

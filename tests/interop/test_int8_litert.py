@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from edgespeech.data.tokenizer import CharTokenizer
-from edgespeech.errors import InputError
 from edgespeech.interop.exported import export, open_exported
 from edgespeech.interop.int8 import quantize_weights
 from edgespeech.interop.int8_litert import mel_products, quantize_litert
@@ -83,9 +82,3 @@ def test_whole_model(tmp_path):
     gap = compare(model, open_exported(path, threads=1))
     assert gap.largest > 1e-4
     assert gap.relative < 0.1
-
-
-def test_stablehlo_has_no_int8(tmp_path):
-    model = tiny_model(num_layers=1)
-    with pytest.raises(InputError, match="StableHLO is written in float32 alone"):
-        export(model, CharTokenizer(), {}, tmp_path / "x", form="stablehlo", seconds=0.5, int8=True)
