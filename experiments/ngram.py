@@ -16,7 +16,6 @@ from pathlib import Path
 from absl import flags
 
 from edgespeech.data.folder import normalise_text
-from edgespeech.data.sources import open_corpus
 from edgespeech.errors import InputError
 from edgespeech.inference.kneser_ney import estimate_ngrams
 from edgespeech.inference.language_model import perplexity, write_arpa
@@ -45,10 +44,8 @@ def experiment() -> None:
     sizes = [sum(len(ngram) == n for ngram in model.entries) for n in range(1, FLAGS.order + 1)]
     print(f"{FLAGS.output}: {', '.join(f'{size} {n}-grams' for n, size in enumerate(sizes, 1))}")
     if FLAGS.heldout:
-        corpus = open_corpus(
-            FLAGS.data, FLAGS.heldout, data_dir=FLAGS.data_dir, cache_dir=FLAGS.cache_dir
-        )
-        fit = perplexity(model, [normalise_text(u.text) for u in corpus.utterances])
+        corpus = split_flags.open_split(FLAGS.heldout)
+        fit = perplexity(model, [u.text for u in corpus.utterances])
         print(
             f"{FLAGS.heldout}: perplexity {fit.perplexity:.1f} a word (ends counted), "
             f"{fit.unknown / fit.words:.2%} of {fit.words} words unknown and left out"
@@ -63,7 +60,7 @@ def has_corpus() -> bool:
 def texts() -> Iterator[str]:
     """The transcripts of --split and the lines of --text, spelled like the models' text."""
     if has_corpus():
-        yield from (normalise_text(u.text) for u in split_flags.open_split().utterances)
+        yield from (u.text for u in split_flags.open_split().utterances)
     for path in map(Path, FLAGS.text):
         open_text = gzip.open if path.suffix == ".gz" else open
         try:

@@ -19,6 +19,8 @@ flags.DEFINE_list("data_dir", [], "Folders of --data=folder or tfds.")
 flags.DEFINE_string("split", "test", "Split to score; several joined by +.")
 
 
-def open_split() -> Corpus:
-    """The corpus of --split."""
-    return open_corpus(FLAGS.data, FLAGS.split, data_dir=FLAGS.data_dir, cache_dir=FLAGS.cache_dir)
+def open_split(split: str | None = None) -> Corpus:
+    """A split of the flags' corpus; None: that of --split."""
+    return open_corpus(
+        FLAGS.data, split or FLAGS.split, data_dir=FLAGS.data_dir, cache_dir=FLAGS.cache_dir
+    )

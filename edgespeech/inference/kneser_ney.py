@@ -46,7 +46,7 @@ def estimate_ngrams(texts: Iterable[str], order: int) -> NgramModel:
         raise InputError(f"a language model of order {order}: it must be at least 1")
     counts = _adjusted(_counts(texts, order))
     uniform = 1.0 / (len(counts[0]) + 1)  # <unk> is the one word without a count
-    probability: dict[Context, float] = {(UNKNOWN,): 0.0}
+    probability: dict[Context, float] = {}
     backoff: dict[Context, float] = {}
     for n, of_order in enumerate(counts, 1):
         discounts = _discounts(of_order)
