@@ -39,9 +39,9 @@ from edgespeech.evaluation.boundary_report import (
 from edgespeech.evaluation.machine import device, versions
 from edgespeech.evaluation.plots import pulses_over_spectrogram
 from edgespeech.inference.words import token_texts, words_of_path
+from edgespeech.interop.ctc_model import PlainCTC
 from edgespeech.interop.open_model import open_model
 from edgespeech.models.moonshine import Moonshine
-from edgespeech.models.wav2vec2 import Wav2Vec2
 from edgespeech.nn.lpa import LPA
 from edgespeech.ops.ctc import BLANK, ctc_log_probs
 from edgespeech.ops.features import log_mel
@@ -86,7 +86,7 @@ def experiment() -> None:
     model, _, about = open_model(FLAGS.checkpoint)
     subject = open_subject(model)
     aligner, tokenizer, _ = open_model(FLAGS.aligner)
-    if not isinstance(aligner, Wav2Vec2) or not isinstance(tokenizer, Tokenizer):
+    if not isinstance(aligner, PlainCTC) or not isinstance(tokenizer, Tokenizer):
         raise InputError(
             f"--aligner={FLAGS.aligner} is a {type(aligner).__name__}: give a model with a CTC head"
         )
@@ -157,7 +157,7 @@ def open_subject(model: Any) -> Subject:
 
 
 def listen(
-    subject: Subject, aligner: Wav2Vec2, tokenizer: Tokenizer, source: BatchSource
+    subject: Subject, aligner: PlainCTC, tokenizer: Tokenizer, source: BatchSource
 ) -> Iterator[Heard]:
     """Every utterance, aligned, with the hybrid's pulses."""
     graphdef, state = nnx.split(aligner)

@@ -41,9 +41,9 @@ from edgespeech.evaluation.report_text import (
 )
 from edgespeech.evaluation.wer import paired_bootstrap
 from edgespeech.inference.long_audio import LongAudio
+from edgespeech.interop.ctc_model import PlainCTC
 from edgespeech.interop.open_model import open_model
 from edgespeech.models.moonshine import Moonshine
-from edgespeech.models.wav2vec2 import Wav2Vec2
 from edgespeech.types import SAMPLE_RATE
 from experiments import asr, program, split_flags
 
@@ -130,7 +130,7 @@ def ways(
     graphdef, state = nnx.split(model)
     if isinstance(model, Moonshine):
         decoder: Decoder = Seq2SeqDecoder(graphdef, tokenizer)
-    elif isinstance(model, Wav2Vec2) and isinstance(tokenizer, Tokenizer):
+    elif isinstance(model, PlainCTC) and isinstance(tokenizer, Tokenizer):
         decoder = GreedyDecoder(graphdef, tokenizer)
     else:
         raise InputError(
@@ -138,7 +138,7 @@ def ways(
         )
     size = round(seconds * SAMPLE_RATE)
     yield "whole", functools.partial(whole_text, decoder, state, size), decoder.compared
-    if isinstance(model, Wav2Vec2):
+    if isinstance(model, PlainCTC):
         segments = LongAudio(
             model,
             tokenizer,

@@ -17,6 +17,13 @@ The paper's experiment, 8 of 12 layers of wav2vec2-base, with the published weig
         --teacher=facebook/wav2vec2-base-960h --train_split=train-clean-100 --dev_split=dev-clean \\
         --test_split=test-clean,test-other --replaced=8
 
+A teacher that knows real speech without a hub, and is trained in an hour on two CPU cores: a CTC head on the encoder of
+Moonshine, whose weights come with the extra `moonshine` (ours; the paper has nothing of it):
+
+    python -m experiments.lpa_librispeech --workdir=runs/moonshine_ctc --data=folder --data_dir=DIR \\
+        --train_split=train-clean-100 --dev_split=dev-other --test_split=dev-clean --preset=moonshine_base \\
+        --init=wheel --tokenizer=char --batch.batch_seconds=20 --optimizer.learning_rate=3e-4 --teacher_steps=2000
+
 After Y. P. Shkolnikov, "Learnable Pulse Accumulation", arXiv 2603.16922; docstrings say what is the paper's and what
 is our reading.
 """
@@ -34,9 +41,12 @@ from edgespeech.data.batching import BatchConfig, BatchSource
 from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
 from edgespeech.evaluation.decode import GreedyDecoder
+from edgespeech.interop.ctc_model import PlainCTC
 from edgespeech.interop.open_model import open_model
 from edgespeech.interop.pretrained import save_pretrained
 from edgespeech.interop.tensors import copy_but_head
+from edgespeech.models.moonshine import Moonshine
+from edgespeech.models.moonshine_ctc import MoonshineCTC, MoonshineCTCConfig, encoder_of
 from edgespeech.models.wav2vec2 import Padding, Wav2Vec2, Wav2Vec2Config
 from edgespeech.training.ctc import ctc_objective
 from edgespeech.training.state import OptimizerConfig, checkpoint_settings
@@ -52,7 +62,11 @@ PRESETS = {
     "tiny": Wav2Vec2Config.tiny,
     "small": Wav2Vec2Config.small,
     "wav2vec2_base": Wav2Vec2Config.base,
+    "moonshine_base": MoonshineCTCConfig.base,
+    "moonshine_tiny": MoonshineCTCConfig.tiny,
 }
+Config = Wav2Vec2Config | MoonshineCTCConfig
+MODELS = {Wav2Vec2Config: Wav2Vec2, MoonshineCTCConfig: MoonshineCTC}
 
 BATCH = BatchConfig(batch_seconds=30, num_buckets=2, speed_factors=(0.9, 1.0, 1.1))
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3, average_decay=0.995)
@@ -79,14 +93,15 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "init",
     None,
-    "What the teacher's training starts from instead of random weights: the encoder of a saved model or of a wav2vec2 "
-    "checkpoint of Hugging Face; the head starts anew.",
+    "What the teacher's training starts from instead of random weights: the encoder of a saved model, of a wav2vec2 or "
+    "Moonshine checkpoint of Hugging Face, or of 'wheel', the Moonshine of the extra `moonshine`; the head starts "
+    "anew.",
 )
 flags.DEFINE_integer("teacher_steps", 3600, "Updates of the teacher.", lower_bound=1)
 flags.DEFINE_list(
     "intermediate_ctc",
-    ["4", "8"],
-    "Layers, from 1, whose output also gets a CTC loss in the teacher's training.",
+    None,
+    "Layers, from 1, whose output also gets a CTC loss in the teacher's training (default: 4,8; none of a Moonshine).",
 )
 define_config("optimizer", OPTIMIZER)
 
@@ -97,7 +112,7 @@ define_config("distil", CTCDistilConfig())
 def experiment() -> None:
     """The whole job, from data to report."""
     # ---------------------------------------------------------------- settings, checked before anything is computed
-    model_config = read_config("model", PRESETS[FLAGS.preset]())
+    model_config = read_model_config()
     optimizer_config = read_config("optimizer", OPTIMIZER)
     distil_config = read_config("distil", CTCDistilConfig())
     batch_config = dataclasses.replace(
@@ -110,8 +125,10 @@ def experiment() -> None:
         teacher_model, tokenizer, about = open_teacher(FLAGS.teacher, FLAGS["model.padding"].value)
         model_config = teacher_model.config
     else:
+        if FLAGS.intermediate_ctc is None and isinstance(model_config, Wav2Vec2Config):
+            FLAGS["intermediate_ctc"].value = ["4", "8"]
         intermediate = int_list("intermediate_ctc", 1, model_config.num_layers)
-        start = open_teacher(FLAGS.init)[0] if FLAGS.init else None
+        start = open_start(FLAGS.init, model_config) if FLAGS.init else None
     recipe = read_recipe(distil_config, model_config.num_layers)
     workdir = run.Workdir(FLAGS.workdir, run.flag_settings(), FLAGS.resume)
 
@@ -165,33 +182,65 @@ def experiment() -> None:
     )
 
 
+def read_model_config() -> Config:
+    """The preset with the flags that were given.
+
+    Raises:
+        InputError: a value is out of range, or the preset's models have nothing of a flag's name.
+    """
+    preset = PRESETS[FLAGS.preset]()
+    fields = {f"model.{field.name}" for field in dataclasses.fields(preset)}
+    for name in FLAGS:
+        given = name.startswith("model.") and FLAGS[name].value is not None
+        if given and ".".join(name.split(".")[:2]) not in fields:
+            raise InputError(f"--{name} is not for --preset={FLAGS.preset}: leave it out")
+    return read_config("model", preset)
+
+
 def open_teacher(
     path_or_id: str | Path, padding: Padding | None = None
-) -> tuple[Wav2Vec2, Tokenizer, dict[str, Any]]:
+) -> tuple[PlainCTC, Tokenizer, dict[str, Any]]:
     """A CTC model with its tokenizer, and what is known about it; see `open_model`.
 
     Raises:
         InputError: there is none.
     """
     model, tokenizer, about = open_model(path_or_id, padding)
-    if not isinstance(model, Wav2Vec2) or not isinstance(tokenizer, Tokenizer):
+    if not isinstance(model, PlainCTC) or not isinstance(tokenizer, Tokenizer):
         raise InputError(
-            f"{path_or_id} is a {type(model).__name__}, and this program converts a Wav2Vec2 with a CTC head: see "
+            f"{path_or_id} is a {type(model).__name__}, and this program converts a model with a CTC head: see "
             "experiments.lpa_moonshine for a Moonshine, experiments.lpa_sepformer for a SepFormer"
         )
     return model, tokenizer, about
 
 
-def model_settings(config: Wav2Vec2Config) -> dict:
+def open_start(path_or_id: str, config: Config) -> PlainCTC:
+    """What the training of a model of this configuration starts from.
+
+    Raises:
+        InputError: there is none, or it is of another family.
+    """
+    start, _, _ = open_model(path_or_id)
+    if isinstance(start, Moonshine):
+        start = encoder_of(start, rngs=nnx.Rngs(FLAGS.seed))
+    if not isinstance(start, PlainCTC) or not isinstance(start, MODELS[type(config)]):
+        raise InputError(
+            f"--init={path_or_id} is a {type(start).__name__} and --preset={FLAGS.preset} a "
+            f"{MODELS[type(config)].__name__}: choose another preset"
+        )
+    return start
+
+
+def model_settings(config: Config) -> dict:
     """What a teacher's checkpoints must have been made with."""
     return checkpoint_settings(config, newer=("padding",))
 
 
 def train_teacher(
     workdir, model_config, optimizer_config, intermediate, start, source, loop
-) -> Wav2Vec2:
+) -> PlainCTC:
     """A teacher with the moving average of its parameters."""
-    model = Wav2Vec2(model_config, rngs=nnx.Rngs(FLAGS.seed))
+    model = MODELS[type(model_config)](model_config, rngs=nnx.Rngs(FLAGS.seed))
     if start is not None:
         copy_but_head(model, start, FLAGS.init)
     model.scan_layers = True

@@ -7,11 +7,15 @@ from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
 from edgespeech.interop.open_model import open_model
 from edgespeech.models.edge_conformer import EdgeConformer
+from edgespeech.models.moonshine_ctc import MoonshineCTC
 from edgespeech.models.splitformer import Splitformer
 from edgespeech.models.wav2vec2 import Wav2Vec2
 from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits
 
-CTCModel: TypeAlias = Wav2Vec2 | Wav2Vec2Exits | Splitformer | EdgeConformer
+CTCModel: TypeAlias = Wav2Vec2 | MoonshineCTC | Wav2Vec2Exits | Splitformer | EdgeConformer
+PlainCTC: TypeAlias = (
+    Wav2Vec2 | MoonshineCTC
+)  # layers with a mixer, and one head after the last of them
 
 
 def open_ctc_model(path_or_id: str | Path) -> tuple[CTCModel, Tokenizer, dict[str, Any]]:
@@ -26,7 +30,7 @@ def open_ctc_model(path_or_id: str | Path) -> tuple[CTCModel, Tokenizer, dict[st
     model, tokenizer, about = open_model(path_or_id)
     if not isinstance(model, CTCModel) or not isinstance(tokenizer, Tokenizer):
         raise InputError(
-            f"{path_or_id} is a {type(model).__name__}, which has no CTC head: choose a wav2vec2, a Splitformer or an "
-            "edge Conformer"
+            f"{path_or_id} is a {type(model).__name__}, which has no CTC head: choose a wav2vec2, a Moonshine with a "
+            "CTC head, a Splitformer or an edge Conformer"
         )
     return model, tokenizer, about

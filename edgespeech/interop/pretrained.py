@@ -21,6 +21,7 @@ from edgespeech.interop.tensors import named_variables, require_tensors, sketch,
 from edgespeech.models.edge_conformer import EdgeConformer
 from edgespeech.models.edge_conformer_config import EdgeConformerConfig
 from edgespeech.models.moonshine import Moonshine, MoonshineConfig
+from edgespeech.models.moonshine_ctc import MoonshineCTC, MoonshineCTCConfig
 from edgespeech.models.sepformer import SepFormer, SepFormerConfig
 from edgespeech.models.splitformer import Splitformer, SplitformerConfig
 from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
@@ -36,7 +37,9 @@ from edgespeech.nn.token_mixer_controls import WINDOWED, Removed, sliding_window
 from edgespeech.ops.features import SpecAugmentConfig
 
 FORMAT = 1
-Model = Wav2Vec2 | Wav2Vec2Exits | Moonshine | EdgeConformer | Splitformer | SepFormer
+Model = (
+    Wav2Vec2 | Wav2Vec2Exits | Moonshine | MoonshineCTC | EdgeConformer | Splitformer | SepFormer
+)
 AnyTokenizer = Tokenizer | PieceTokenizer
 # What contents of `model.json` other than expected lead to, in whatever part of a model meets them first.
 MALFORMED = (
@@ -72,6 +75,7 @@ FAMILIES = {
         Wav2Vec2Exits, Wav2Vec2ExitsConfig, load_tokenizer, Wav2Vec2Exits.create
     ),
     "moonshine": Family(Moonshine, MoonshineConfig, load_piece_tokenizer),
+    "moonshine_ctc": Family(MoonshineCTC, MoonshineCTCConfig, load_tokenizer),
     "edge_conformer": Family(EdgeConformer, EdgeConformerConfig, load_tokenizer),
     "splitformer": Family(Splitformer, SplitformerConfig, load_tokenizer),
     "sepformer": Family(SepFormer, SepFormerConfig, None),

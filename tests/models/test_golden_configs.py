@@ -12,6 +12,7 @@ import pytest
 
 from edgespeech.models.edge_conformer_config import EdgeConformerConfig
 from edgespeech.models.moonshine import MoonshineConfig
+from edgespeech.models.moonshine_ctc import MoonshineCTCConfig
 from edgespeech.models.sepformer import SepFormerConfig
 from edgespeech.models.splitformer import SplitformerConfig
 from edgespeech.models.wav2vec2 import Wav2Vec2Config
@@ -34,6 +35,7 @@ CONFIGS = (
     EdgeConformerConfig,
     LPAConfig,
     MoonshineConfig,
+    MoonshineCTCConfig,
     SepFormerConfig,
     SplitformerConfig,
     Wav2Vec2Config,
@@ -71,5 +73,5 @@ def test_preset_is_as_checked_in(config_class, preset):
 
 def test_every_golden_file_has_its_preset():
     names = {golden_path(*case).name for case in CASES}
-    assert len(names) == 21
+    assert len(names) == 23
     assert {path.name for path in GOLDEN.glob("*.txt")} == names
