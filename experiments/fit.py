@@ -1,11 +1,13 @@
 """Training a model from scratch, whatever its loss."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jax.flatten_util import ravel_pytree
 
+from edgespeech.data.batching import Batch
 from edgespeech.training.loop import LoopConfig, train
 from edgespeech.training.state import (
     LossFunction,
@@ -31,6 +33,7 @@ def fit(
     seed: int,
     loop: LoopConfig,
     extra: Any = None,
+    prepare: Callable[[Batch], Any] | None = None,
 ) -> tuple[Any, Any]:
     """The moving average of the parameters after training, and the `extra` of the state; resumable, see `train`.
 
@@ -46,6 +49,7 @@ def fit(
         seed: of the random numbers of all steps.
         loop: see `LoopConfig`.
         extra: see `TrainState`.
+        prepare: see `train`.
     """
     _, unravel = ravel_pytree(params)
     transformation = make_optimizer(optimizer, num_steps, params)
@@ -61,5 +65,6 @@ def fit(
         settings=json.loads(json.dumps(settings)),
         seed=seed,
         config=loop,
+        prepare=prepare,
     )
     return unravel(state.average), state.extra

@@ -22,7 +22,7 @@ Moonshine, whose weights come with the extra `moonshine` (ours; the paper has no
 
     python -m experiments.lpa_librispeech --workdir=runs/moonshine_ctc --data=folder --data_dir=DIR \\
         --train_split=train-clean-100 --dev_split=dev-other --test_split=dev-clean --preset=moonshine_base \\
-        --init=wheel --tokenizer=char --batch.batch_seconds=20 --optimizer.learning_rate=3e-4 --teacher_steps=2000
+        --init=wheel --tokenizer=char --batch.batch_seconds=20 --optimizer.learning_rate=1e-4 --teacher_steps=2000
 
 After Y. P. Shkolnikov, "Learnable Pulse Accumulation", arXiv 2603.16922; docstrings say what is the paper's and what
 is our reading.
@@ -48,7 +48,7 @@ from edgespeech.interop.tensors import copy_but_head
 from edgespeech.models.moonshine import Moonshine
 from edgespeech.models.moonshine_ctc import MoonshineCTC, MoonshineCTCConfig, encoder_of
 from edgespeech.models.wav2vec2 import Padding, Wav2Vec2, Wav2Vec2Config
-from edgespeech.training.ctc import ctc_objective
+from edgespeech.training.ctc import ctc_objective, head_objective
 from edgespeech.training.state import OptimizerConfig, checkpoint_settings
 from experiments import asr, convert, data_flags, program, run, tokenizer_flags
 from experiments.fit import fit
@@ -70,6 +70,7 @@ MODELS = {Wav2Vec2Config: Wav2Vec2, MoonshineCTCConfig: MoonshineCTC}
 
 BATCH = BatchConfig(batch_seconds=30, num_buckets=2, speed_factors=(0.9, 1.0, 1.1))
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3, average_decay=0.995)
+HEAD_RATE = 3e-3  # peak of the learning rate of the head alone
 
 # --- data
 define_config(
@@ -96,6 +97,12 @@ flags.DEFINE_string(
     "What the teacher's training starts from instead of random weights: the encoder of a saved model, of a wav2vec2 or "
     "Moonshine checkpoint of Hugging Face, or of 'wheel', the Moonshine of the extra `moonshine`; the head starts "
     "anew.",
+)
+flags.DEFINE_integer(
+    "head_steps",
+    400,
+    "Updates of the head alone, on the frozen encoder, before those of the whole teacher; with --init.",
+    lower_bound=0,
 )
 flags.DEFINE_integer("teacher_steps", 3600, "Updates of the teacher.", lower_bound=1)
 flags.DEFINE_list(
@@ -241,9 +248,28 @@ def train_teacher(
 ) -> PlainCTC:
     """A teacher with the moving average of its parameters."""
     model = MODELS[type(model_config)](model_config, rngs=nnx.Rngs(FLAGS.seed))
+    model.scan_layers = True
+    settings = {"model": model_settings(model_config)}
     if start is not None:
         copy_but_head(model, start, FLAGS.init)
-    model.scan_layers = True
+        if FLAGS.head_steps:
+            head, loss, prepare = head_objective(model)
+            optimizer = OptimizerConfig(learning_rate=HEAD_RATE)
+            head, _ = fit(
+                "head",
+                loss,
+                head,
+                source,
+                FLAGS.head_steps,
+                workdir=workdir,
+                settings=settings,
+                optimizer=optimizer,
+                seed=FLAGS.seed,
+                loop=loop,
+                prepare=prepare,
+            )
+            nnx.update(model, head)
+            settings["head_steps"] = FLAGS.head_steps
     graphdef, params = nnx.split(model)
     average, _ = fit(
         "teacher",
@@ -252,7 +278,7 @@ def train_teacher(
         source,
         FLAGS.teacher_steps,
         workdir=workdir,
-        settings={"model": model_settings(model_config)},
+        settings=settings,
         optimizer=optimizer_config,
         seed=FLAGS.seed,
         loop=loop,

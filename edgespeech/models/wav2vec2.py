@@ -235,7 +235,7 @@ class Wav2Vec2(nnx.Module):
         x, lengths = self.embed(audio, audio_lengths, augment_key, dropout_key)
         hidden = run_layers(self.layers, x, lengths, layer_keys, scan=self.scan_layers)
         frames = self.config.num_frames(audio_lengths)
-        return CTCOutput(self.logits(hidden[-1]), frames, hidden)
+        return CTCOutput(self.logits(hidden[-1], lengths), frames, hidden)
 
     def embed(
         self,
@@ -271,8 +271,9 @@ class Wav2Vec2(nnx.Module):
             x = self.norm(x)
         return dropout(x, self.config.dropout, dropout_key), lengths
 
-    def logits(self, hidden: Frames) -> Logits:
-        """The head on the output of any layer, `[b n d] -> [b n v]`."""
+    def logits(self, hidden: Frames, lengths: Lengths) -> Logits:
+        """The head on the output of any layer, `[b n d], [b] -> [b n v]`; it takes every frame by itself."""
+        del lengths
         if self.config.norm_first:
             hidden = self.norm(hidden)
         return self.head(hidden)

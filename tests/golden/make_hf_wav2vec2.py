@@ -3,6 +3,7 @@
 Run from the root of the repository, with the `torch` extra: `python -m tests.golden.make_hf_wav2vec2`
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,6 +12,11 @@ import torch
 import transformers
 
 TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
+PADDED = [4000, 1700]  # samples of the batch that is padded
+LABELS = [[7, 4, 19, 7], [11, 11, 0, 0]]
+LABEL_LENGTHS = [4, 2]
+# An epsilon of the gradients' size: with a small one the step is their sign, rounding included.
+ADAMW = {"lr": 1e-2, "eps": 1.0, "weight_decay": 0.1}
 FILE = Path(__file__).with_name("hf_wav2vec2.npz")
 
 
@@ -47,12 +53,38 @@ def normalised(audio: np.ndarray) -> torch.Tensor:
     return extractor(list(audio), sampling_rate=16_000, return_tensors="pt").input_values
 
 
+def training_step(model: transformers.Wav2Vec2ForCTC, audio: np.ndarray) -> dict[str, np.ndarray]:
+    """Summed CTC loss in float64, its gradients, and the parameters after one step of AdamW."""
+    model = copy.deepcopy(model).double()
+    logits = model(normalised(audio.astype(np.float64)).double()).logits
+    loss = torch.nn.functional.ctc_loss(
+        logits.log_softmax(-1).swapaxes(0, 1),
+        torch.tensor(LABELS),
+        torch.full((len(audio),), logits.shape[1]),
+        torch.tensor(LABEL_LENGTHS),
+        reduction="sum",
+    )
+    loss.backward()
+    # A gradient that upstream does not have (the mask embedding's) is 0.
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    gradients = {f"gradients/{name}": p.grad.numpy() for name, p in model.named_parameters()}
+    torch.optim.AdamW(model.parameters(), **ADAMW).step()
+    stepped = {f"stepped/{name}": p.detach().numpy() for name, p in model.named_parameters()}
+    arrays = {name: np.float32(value) for name, value in (gradients | stepped).items()}
+    return arrays | {"loss": np.float64(loss.item())}
+
+
 def main() -> None:
     """Computes and writes the file."""
     model = random_model(width=16, heads=2, channels=8, ffn_width=24, kernel=8, groups=2)
     audio = np.random.default_rng(0).normal(0.02, 0.1, (2, 4000)).astype(np.float32)
+    extractor = transformers.Wav2Vec2FeatureExtractor()  # no attention mask, as for wav2vec2-base
+    rows = [normalised(row[None, :n])[0] for row, n in zip(audio, PADDED, strict=True)]
+    padded = extractor.pad({"input_values": rows}, padding=True, return_tensors="pt")
     with torch.no_grad():
         output = model(normalised(audio), output_hidden_states=True)
+        padded_logits = model(**padded).logits
     arrays = {f"tensors/{name}": tensor.numpy() for name, tensor in model.state_dict().items()}
     np.savez_compressed(
         FILE,
@@ -61,8 +93,13 @@ def main() -> None:
         audio=audio,
         hidden=np.stack(output.hidden_states[1:]),
         logits=output.logits.numpy(),
+        padded_lengths=PADDED,
+        padded_logits=padded_logits.numpy(),
+        labels=LABELS,
+        label_lengths=LABEL_LENGTHS,
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
         **arrays,
+        **training_step(model, audio),
     )
 
 

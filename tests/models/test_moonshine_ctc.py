@@ -20,7 +20,14 @@ from tests.support.contracts import padding_contract
 from tests.support.modules import randomize
 from tests.support.moonshine import speech, tiny_moonshine
 
-SIZES = {"vocab_size": 29, "width": 16, "num_layers": 2, "num_heads": 2, "ffn_width": 24}
+SIZES = {
+    "vocab_size": 29,
+    "head_width": 12,
+    "width": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "ffn_width": 24,
+}
 run = jax.jit(lambda g, s, *inputs: nnx.merge(g, s)(*inputs), static_argnums=0)
 
 
@@ -29,12 +36,18 @@ def tiny(**changes) -> MoonshineCTC:
     return randomize(MoonshineCTC(config, rngs=nnx.Rngs(0)), 0, 0.1)
 
 
+def plain_head(weights, x):
+    y = np.pad(x, ((2, 2), (0, 0)))
+    y = reference.conv(y, weights["head.kernel"], 1) + weights["head.bias"]
+    return reference.linear(reference.part(weights, "head.output"), reference.gelu(y))
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny()
 
 
-@pytest.mark.parametrize(("preset", "count"), [("base", 20_166_464), ("tiny", 7_690_496)])
+@pytest.mark.parametrize(("preset", "count"), [("base", 21_235_008), ("tiny", 8_435_456)])
 def test_number_of_parameters(preset, count):
     config = getattr(MoonshineCTCConfig, preset)()
     sketch = nnx.eval_shape(lambda: MoonshineCTC(config, rngs=nnx.Rngs(0)))
@@ -55,12 +68,9 @@ def test_equals_a_plain_forward_pass_in_float64(model):
             y = plain.norm(reference.part(layer, "ffn_norm"), x)
             x = x + reference.feed_forward(reference.part(layer, "ffn"), y)
             np.testing.assert_allclose(output.hidden[i][row, : len(x)], x, atol=2e-5)
-            logits = reference.linear(
-                reference.part(weights, "head"), plain.norm(reference.part(weights, "norm"), x)
-            )
-            np.testing.assert_allclose(
-                model.logits(output.hidden[i])[row, : len(x)], logits, atol=2e-5
-            )
+            logits = plain_head(weights, plain.norm(reference.part(weights, "norm"), x))
+            found = model.logits(output.hidden[i], output.lengths)[row, : len(x)]
+            np.testing.assert_allclose(found, logits, atol=2e-5)
         assert output.lengths[row] == len(x) == model.config.num_frames(int(length))
         np.testing.assert_allclose(output.logits[row, : len(x)], logits, atol=2e-5)
 
@@ -115,13 +125,16 @@ def test_encoder_of_a_moonshine():
     wanted = moonshine.encode(audio, lengths)
     found = model.encode(audio, lengths)
     np.testing.assert_array_equal(found.memory, wanted.memory)
-    np.testing.assert_array_equal(model(audio, lengths).logits, model.head(wanted.memory))
+    np.testing.assert_array_equal(
+        model(audio, lengths).logits, model.head(wanted.memory, wanted.lengths)
+    )
     model.norm.scale[...] = model.norm.scale[...] + 1
     np.testing.assert_array_equal(moonshine.encode(audio, lengths).memory, wanted.memory)
 
 
 def test_copies_into_a_model_of_another_vocabulary():
-    start, model = encoder_of(tiny_moonshine(), rngs=nnx.Rngs(0)), tiny()
+    start = encoder_of(tiny_moonshine(), rngs=nnx.Rngs(0))
+    model = tiny(head_width=20)
     head = np.asarray(model.head.kernel[...])
     copy_but_head(model, start, "start")
     np.testing.assert_array_equal(model.head.kernel[...], head)
@@ -152,6 +165,8 @@ def test_config_out_of_range():
         MoonshineCTCConfig(vocab_size=0)
     with pytest.raises(InputError, match=r"model\.num_heads is 5"):
         MoonshineCTCConfig(num_heads=5)
+    with pytest.raises(InputError, match=r"model\.head_kernel is 4"):
+        MoonshineCTCConfig(head_kernel=4)
 
 
 def test_audio_too_short_for_a_frame(model):

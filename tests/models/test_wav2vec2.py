@@ -158,7 +158,7 @@ def test_hidden_states_lead_to_the_logits():
     model.scan_layers = True
     out = call(model, x, lengths)
     assert len(out.hidden) == LOGMEL.num_layers
-    np.testing.assert_allclose(model.logits(out.hidden[-1]), out.logits, atol=1e-5)
+    np.testing.assert_allclose(model.logits(out.hidden[-1], out.lengths), out.logits, atol=1e-5)
     w = reference.parameters(model)
     layer, first = reference.part(w, "layers.1"), np.float64(out.hidden[0][0])
     want = reference.encoder_layer(layer, first, LOGMEL.num_heads, True)

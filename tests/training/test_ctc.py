@@ -82,7 +82,9 @@ def test_objective_with_intermediate_layers(case):
     last = plain_objective(output.logits, output.lengths, batch)
     middle = np.mean(
         [
-            plain_objective(model.logits(output.hidden[layer - 1]), output.lengths, batch)
+            plain_objective(
+                model.logits(output.hidden[layer - 1], output.lengths), output.lengths, batch
+            )
             for layer in (1, 2)
         ]
     )
