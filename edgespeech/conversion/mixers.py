@@ -21,6 +21,7 @@ LPA_CONTROLS = {
     "runs_only": LPAConfig.runs_only,
     "periodic_only": LPAConfig.periodic_only,
     "positional_only": LPAConfig.positional_only,
+    "windows_only": LPAConfig.windows_only,
 }
 CONTROLS = (*LPA_CONTROLS, "summary_mixing", "sliding_window", "removed")
 DEFAULT_CONTROLS = ("mean_only", "local_only", "removed")

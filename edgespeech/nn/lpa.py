@@ -7,8 +7,10 @@ a reading consistent with the paper's abstract, not a copy of its design.
 
     v = x W_V + b_V                                   z = DWConv(x)
     A_p = sum_i g_pi v_i / (sum_i g_pi + eps)
-    y_i = sum_p alpha_p g_pi A_p + lambda DWConv(v)_i
+    y_i = sum_p alpha_p g_pi A_p + sum_(k, j in window k of i) w_ik v_j + lambda DWConv(v)_i
     out = concat_h(y) W_O + b_O
+
+The middle sum is of windows that move with the frame: see `nn.relative_windows`.
 """
 
 from typing import Literal, Self
@@ -17,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 
 from edgespeech.errors import InputError
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa_config import LPAConfig
+from edgespeech.nn.relative_windows import RelativeWindows
 from edgespeech.nn.rotary import RotarySelfAttention
 from edgespeech.ops import pulse
 from edgespeech.ops.accumulate import EPS, broadcast, pulse_average, run_average, run_broadcast
@@ -38,6 +42,11 @@ GATE_TAU = (1.0, 0.02)
 @nnx.register_variable_name("anneal")
 class Anneal(nnx.Variable):
     """Annealing state: part of the model's state and of checkpoints, but not for the optimiser."""
+
+
+@nnx.register_variable_name("kept_gates")
+class KeptGates(nnx.Variable):
+    """Lengths `[b]` and their `LPA.length_gates`: see `nn.kept_gates`. Saved nowhere."""
 
 
 class LPA(nnx.Module):
@@ -64,6 +73,7 @@ class LPA(nnx.Module):
 
     # Whether the convolutions reach only into the past.
     causal = False
+    kept: KeptGates  # set by `keep_gates`
 
     def __init__(
         self,
@@ -96,7 +106,7 @@ class LPA(nnx.Module):
             return nnx.Param(init(rngs.params(), (d, num_heads, pulses), param_dtype))
 
         h, c = num_heads, config
-        if c.aperiodic or c.runs or c.readout == "content":
+        if c.aperiodic or c.runs or c.octaves or c.readout == "content":
             delta = np.zeros((c.kernel_size, d))
             delta[-1 if self.causal else c.kernel_size // 2] = 1.0
             self.content_kernel = param(delta)
@@ -128,6 +138,14 @@ class LPA(nnx.Module):
             if c.readout == "content":
                 self.readout_kernel = param(np.zeros((d, h, c.num_pulses)))
                 self.readout_bias = param(np.zeros((h, c.num_pulses)))
+        if c.octaves:
+            if self.causal:
+                raise InputError(
+                    "a streaming LPA has no windows to come: set LPAConfig.octaves to 0"
+                )
+            self.relative = RelativeWindows(
+                d, h, c.taps, c.octaves, rngs=rngs, param_dtype=param_dtype
+            )
         if c.local:
             self.local_kernel = param(np.full((c.local_kernel_size, d), 1 / c.local_kernel_size))
             self.local_scale = param(np.ones(h))
@@ -171,6 +189,9 @@ class LPA(nnx.Module):
         if self.config.num_pulses:
             gates = self._gates(z, lengths, mask)
             y = self._pulses(gates, self._heads(v), self._readout(z))
+        if self.config.octaves:
+            near = self.relative(z, v, mask).swapaxes(1, 2)
+            y = near if y is None else y + near
         if self.config.local:
             local = depthwise_conv(v, self.local_kernel[...], mask)
         return self._output(y, local, v.dtype)
@@ -220,26 +241,42 @@ class LPA(nnx.Module):
     def _gates(self, z: Frames, lengths: Lengths, mask: Mask) -> dict[str, pulse.Gates]:
         """Gates `[b h p n]` by kind."""
         c, gates = self.config, {}
-        tau = self._temperature(*GATE_TAU)
-        hard = self._hard()
         if c.aperiodic:
-            rectangle_tau = self._temperature(*RECTANGLE_TAU)
-            center, width = self._rectangles(z, lengths, mask)
-            gates["aperiodic"] = pulse.rectangle_gates(center, width, mask, rectangle_tau, hard)
+            tau = self._temperature(*RECTANGLE_TAU)
+            bounds = self._rectangles(z, lengths, mask)
+            gates["aperiodic"] = pulse.rectangle_gates(*bounds, mask, tau, self._hard())
         if c.runs:
             gates["runs"] = self._run_gates(z, mask)
-        if c.periodic:
-            period = pulse.log_spaced_periods(self.num_heads, c.periodic, c.max_period)
-            duty = jax.nn.sigmoid(_float32(self.duty_logit))
-            phase = _float32(self.phase)
-            gates["periodic"] = pulse.periodic_gates(period, phase, duty, mask, tau, hard)
-        if c.positional:
-            series = _float32(self.cosine), _float32(self.cosine_bias)
-            n = mask.shape[1]
-            gates["positional"] = pulse.positional_gates(*series, lengths, n, tau, hard)
+        gates |= self._kept_or_new(lengths, mask.shape[1])
         if c.mean:
             gates["mean"] = self._mean_gates(mask)
         return gates
+
+    def length_gates(self, lengths: Lengths, n: int) -> dict[str, pulse.Gates]:
+        """Gates `[b h p n]` that lengths and parameters decide, whatever is heard: periodic and positional ones."""
+        c, gates = self.config, {}
+        tau, hard = self._temperature(*GATE_TAU), self._hard()
+        if c.periodic:
+            period = pulse.log_spaced_periods(self.num_heads, c.periodic, c.max_period)
+            duty = jax.nn.sigmoid(_float32(self.duty_logit))
+            phase, mask = _float32(self.phase), mask_from_lengths(lengths, n)
+            gates["periodic"] = pulse.periodic_gates(period, phase, duty, mask, tau, hard)
+        if c.positional:
+            series = _float32(self.cosine), _float32(self.cosine_bias)
+            gates["positional"] = pulse.positional_gates(*series, lengths, n, tau, hard)
+        return gates
+
+    def _kept_or_new(self, lengths: Lengths, n: int) -> dict[str, pulse.Gates]:
+        """`length_gates`: what is kept, where it is of these lengths."""
+        if not hasattr(self, "kept"):
+            return self.length_gates(lengths, n)
+        kept_lengths, gates = self.kept.get_value()
+        if kept_lengths.shape != lengths.shape or any(g.shape[-1] != n for g in gates.values()):
+            return self.length_gates(lengths, n)
+        # A branch and no select: only the one taken is computed.
+        return lax.cond(
+            jnp.all(kept_lengths == lengths), lambda: gates, lambda: self.length_gates(lengths, n)
+        )
 
     def _run_gates(self, z: Frames, mask: Mask) -> pulse.Gates:
         logit = self._scores(z, self.run_kernel) + _float32(self.run_bias)

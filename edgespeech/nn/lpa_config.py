@@ -1,6 +1,6 @@
 """The size and shape of an LPA mixer, with the presets that its claims are measured by."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgespeech.errors import InputError
 from edgespeech.ops import pulse
@@ -18,6 +18,8 @@ class LPAConfig:
         periodic: periodic windows per head.
         positional: windows over the position in the utterance, per head.
         mean: all-ones gates per head.
+        octaves: lengths, each twice the one before, of windows around each frame; 0: none. See `ops.relative`.
+        taps: single frames to each side before the first of those windows.
         kernel_size: odd; frames that the depthwise convolution in front of the content gates sees.
         local: whether the local path `lambda DWConv(v)` is there.
         local_kernel_size: odd; frames that the local path sees.
@@ -36,6 +38,8 @@ class LPAConfig:
     periodic: int = 4
     positional: int = 4
     mean: int = 0
+    octaves: int = 0
+    taps: int = 3
     kernel_size: int = 15
     local: bool = True
     local_kernel_size: int = 15
@@ -49,7 +53,7 @@ class LPAConfig:
             if not is_right:
                 raise InputError(f"LPAConfig.{name} is {getattr(self, name)!r}; it must be {limit}")
 
-        for name in ("aperiodic", "runs", "periodic", "positional", "mean"):
+        for name in ("aperiodic", "runs", "periodic", "positional", "mean", "octaves", "taps"):
             require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("kernel_size", "local_kernel_size"):
             value = getattr(self, name)
@@ -58,7 +62,8 @@ class LPAConfig:
         require("max_period", self.max_period >= pulse.MIN_PERIOD, "at least 2 frames")
         require("num_basis", self.num_basis >= 1, "at least 1")
         require("readout", self.readout in READOUTS, f"one of {', '.join(READOUTS)}")
-        require("local", self.local or self.num_pulses > 0, "True where no pulses are configured")
+        has_others = self.num_pulses + self.octaves > 0
+        require("local", self.local or has_others, "True where no pulses are configured")
 
     @property
     def num_pulses(self) -> int:
@@ -69,6 +74,16 @@ class LPAConfig:
     def default(cls) -> "LPAConfig":
         """8 rectangles, 4 periodic and 4 positional pulses per head."""
         return cls()
+
+    @classmethod
+    def windows(cls) -> "LPAConfig":
+        """The default's pulses, and four octaves of windows around each frame: 17 windows."""
+        return cls(octaves=4)
+
+    @classmethod
+    def windows_only(cls) -> "LPAConfig":
+        """Control: the windows around each frame and the local path."""
+        return replace(cls._only(), octaves=4)
 
     @classmethod
     def _only(

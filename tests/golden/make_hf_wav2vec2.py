@@ -15,8 +15,6 @@ TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 PADDED = [4000, 1700]  # samples of the batch that is padded
 LABELS = [[7, 4, 19, 7], [11, 11, 0, 0]]
 LABEL_LENGTHS = [4, 2]
-# An epsilon of the gradients' size: with a small one the step is their sign, rounding included.
-ADAMW = {"lr": 1e-2, "eps": 1.0, "weight_decay": 0.1}
 FILE = Path(__file__).with_name("hf_wav2vec2.npz")
 
 
@@ -53,26 +51,28 @@ def normalised(audio: np.ndarray) -> torch.Tensor:
     return extractor(list(audio), sampling_rate=16_000, return_tensors="pt").input_values
 
 
-def training_step(model: transformers.Wav2Vec2ForCTC, audio: np.ndarray) -> dict[str, np.ndarray]:
-    """Summed CTC loss in float64, its gradients, and the parameters after one step of AdamW."""
+def training_step(
+    model: transformers.Wav2Vec2ForCTC, audio: np.ndarray, labels, label_lengths
+) -> tuple[float, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Summed CTC loss of the model in float64, its gradients, and the parameters after one step of AdamW."""
     model = copy.deepcopy(model).double()
     logits = model(normalised(audio.astype(np.float64)).double()).logits
     loss = torch.nn.functional.ctc_loss(
         logits.log_softmax(-1).swapaxes(0, 1),
-        torch.tensor(LABELS),
+        torch.tensor(labels),
         torch.full((len(audio),), logits.shape[1]),
-        torch.tensor(LABEL_LENGTHS),
+        torch.tensor(label_lengths),
         reduction="sum",
     )
     loss.backward()
     # A gradient that upstream does not have (the mask embedding's) is 0.
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    gradients = {f"gradients/{name}": p.grad.numpy() for name, p in model.named_parameters()}
-    torch.optim.AdamW(model.parameters(), **ADAMW).step()
-    stepped = {f"stepped/{name}": p.detach().numpy() for name, p in model.named_parameters()}
-    arrays = {name: np.float32(value) for name, value in (gradients | stepped).items()}
-    return arrays | {"loss": np.float64(loss.item())}
+    gradients = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    # An epsilon of the gradients' size: with a small one the step is their sign, rounding included.
+    torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1.0, weight_decay=0.1).step()
+    stepped = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    return loss.item(), gradients, stepped
 
 
 def main() -> None:
@@ -85,7 +85,10 @@ def main() -> None:
     with torch.no_grad():
         output = model(normalised(audio), output_hidden_states=True)
         padded_logits = model(**padded).logits
+    loss, gradients, stepped = training_step(model, audio, LABELS, LABEL_LENGTHS)
     arrays = {f"tensors/{name}": tensor.numpy() for name, tensor in model.state_dict().items()}
+    for kind, values in (("gradients", gradients), ("stepped", stepped)):
+        arrays |= {f"{kind}/{name}": np.float32(value) for name, value in values.items()}
     np.savez_compressed(
         FILE,
         config=json.dumps(model.config.to_dict(), default=str),
@@ -98,8 +101,8 @@ def main() -> None:
         labels=LABELS,
         label_lengths=LABEL_LENGTHS,
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
+        loss=loss,
         **arrays,
-        **training_step(model, audio),
     )
 
 

@@ -73,5 +73,5 @@ def test_preset_is_as_checked_in(config_class, preset):
 
 def test_every_golden_file_has_its_preset():
     names = {golden_path(*case).name for case in CASES}
-    assert len(names) == 23
+    assert len(names) == 25
     assert {path.name for path in GOLDEN.glob("*.txt")} == names

@@ -12,6 +12,7 @@ from edgespeech.errors import InputError
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import LPA, Anneal, LPAConfig, harden, set_anneal
 from edgespeech.ops import accumulate, pulse
+from edgespeech.ops.relative import relative_average_reference
 from tests.support import reference
 from tests.support.contracts import padding_contract
 from tests.support.modules import randomize
@@ -24,6 +25,8 @@ SMALL = LPAConfig(
     periodic=2,
     positional=2,
     mean=1,
+    octaves=1,
+    taps=1,
     kernel_size=3,
     local_kernel_size=5,
     max_period=16.0,
@@ -37,6 +40,8 @@ PRESETS = (
     "runs_only",
     "periodic_only",
     "positional_only",
+    "windows",
+    "windows_only",
 )
 
 # One compilation instead of one an operation.
@@ -107,6 +112,11 @@ def lpa_reference(w, config, x, progress, hard):
             means = accumulate.pulse_average_reference(gates, heads)[0][:, :, None]
         y += np.sum((alpha * gates[0])[..., None] * means, axis=1)
         first = last
+    if config.octaves:
+        scores = np.einsum("nd,dhk->nhk", z, w["relative.kernel"]) + w["relative.bias"]
+        inputs = heads.transpose(0, 2, 1, 3), scores[None], mask
+        near = relative_average_reference(*inputs, config.taps, config.octaves)
+        y += near[0].transpose(1, 0, 2)
     if config.local:
         local = depthwise_conv(v, w["local_kernel"]).reshape(n, H, c).transpose(1, 0, 2)
         y += w["local_scale"][:, None, None] * local
@@ -377,8 +387,9 @@ def test_parameter_count_at_wav2vec2_base_size():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_have_sixteen_pulses(preset):
     config = getattr(LPAConfig, preset)()
-    assert config.num_pulses == (0 if preset == "local_only" else 16)
-    if preset not in ("default", "local_only"):
+    assert config.num_pulses == (0 if preset in ("local_only", "windows_only") else 16)
+    assert config.octaves == (4 if preset.startswith("windows") else 0)
+    if preset not in ("default", "local_only", "windows", "windows_only"):
         assert getattr(config, preset.removesuffix("_only")) == 16
 
 
