@@ -8,16 +8,23 @@ from jax.typing import DTypeLike
 from edgespeech.ops.relative import relative_average, window_spans
 from edgespeech.types import Array, Float, Frames, Mask
 
+# Of the salience: a frame counts at most e^4 = 55 times as much as another. Windows are differences of prefix sums, and
+# with more the rounding of a long sum would drown windows without salient frames.
+LIMIT = 2.0
+
 
 class RelativeWindows(nnx.Module):
-    """`y_t = sum_k w_tk sum_(j in window k of t) v_j`, the weights a softmax of linear scores of z_t (ours).
+    """Windows whose scores are linear in the frame that looks, and salience in the one that is seen (ours).
 
-    Windows and softmax are those of `ops.relative.relative_average`. At first a window's score is the logarithm of one
-    over its distance, whatever is heard, and small random weights tell contents apart.
+        s_t = z_t W + b;   r_j = 2 tanh(z_j w / 2);   y = relative_average(v, s, r)
+
+    At first a window's score is the logarithm of one over its distance, whatever is heard, but for small random
+    weights, and all frames are equally salient.
 
     Attributes:
-        kernel: `[d h k]`, from z to the scores.
-        bias: `[h k]`.
+        kernel: W, `[d h k]`.
+        bias: b, `[h k]`.
+        salience: w, `[d h]`.
         taps, octaves: see `window_spans`.
     """
 
@@ -37,12 +44,15 @@ class RelativeWindows(nnx.Module):
         init = nnx.initializers.normal(0.2 * d**-0.5)
         self.kernel = nnx.Param(init(rngs.params(), (d, *bias.shape), param_dtype))
         self.bias = nnx.Param(jnp.asarray(bias, param_dtype))
+        self.salience = nnx.Param(jnp.zeros((d, num_heads), param_dtype))
 
     def __call__(self, z: Frames, v: Frames, mask: Mask) -> Float[Array, "b n h c"]:
         """What frames z gather from the values v, `[b n d], [b n d] -> [b n h c]`, float32."""
         d, h, k = self.kernel.shape
-        kernel = self.kernel[...].astype(z.dtype).reshape(d, h * k)
-        scores = (z @ kernel).reshape(*z.shape[:2], h, k).astype(jnp.float32)
-        scores = scores + self.bias[...].astype(jnp.float32)
+        # One product for both.
+        kernel = jnp.concatenate([self.kernel[...].reshape(d, h * k), self.salience[...]], axis=1)
+        scores, salience = jnp.split((z @ kernel.astype(z.dtype)).astype(jnp.float32), [h * k], -1)
+        scores = scores.reshape(*z.shape[:2], h, k) + self.bias[...].astype(jnp.float32)
+        salience = LIMIT * jnp.tanh(salience / LIMIT)
         heads = v.reshape(*v.shape[:2], h, -1)
-        return relative_average(heads, scores, mask, self.taps, self.octaves)
+        return relative_average(heads, scores, salience, mask, self.taps, self.octaves)

@@ -1,14 +1,16 @@
 """Averages over windows at fixed distances around every frame, weighted by what the frame asks for (ours).
 
 Frame t parts all others by where they are as seen from it: single frames up to `taps` away, then windows that double in
-length with their distance, `octaves` of them to each side, then all that is further away. It gives each window one
-score, and every frame in it that score:
+length with their distance, `octaves` of them to each side, then all that is further away. It scores the windows, and
+every frame has a score of its own, whoever looks:
 
-    y_t = sum_j exp(s_t,k(j-t)) v_j / sum_j exp(s_t,k(j-t)),      k(j - t) the window that frame j lies in
+    y_t = sum_j w_tj v_j / sum_j w_tj,      w_tj = exp(s_t,k(j-t) + r_j),      k(j - t) the window that frame j lies in
 
-This is softmax attention whose logits depend on the query and, in steps of an octave, on the distance. The sums over
-windows are differences of one prefix sum, so it is linear in the number of frames.
+This is softmax attention whose logits are a sum of two: one of the query and, in steps of an octave, of the distance,
+and one of the key. The sums over windows are differences of one prefix sum, so it is linear in the number of frames.
 """
+
+from itertools import pairwise
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ from edgespeech.ops.mask import masked_mean, zero_padding
 from edgespeech.types import Array, Float, Int, Mask
 
 FAR = 1 << 30  # no recording has so many frames
+TINY = 1e-30
 
 
 def window_spans(taps: int, octaves: int) -> Int[np.ndarray, "k 2"]:
@@ -37,16 +40,18 @@ def window_spans(taps: int, octaves: int) -> Int[np.ndarray, "k 2"]:
     return np.concatenate([np.stack([single, single], 1), after, -after[:, ::-1]])
 
 
-def relative_average_reference(values, scores, mask, taps: int, octaves: int) -> np.ndarray:
+def relative_average_reference(
+    values, scores, salience, mask, taps: int, octaves: int
+) -> np.ndarray:
     """`relative_average` by the n x n weights of the equation, in float64."""
-    values, scores = np.asarray(values, np.float64), np.asarray(scores, np.float64)
+    values, scores, salience = (np.asarray(a, np.float64) for a in (values, scores, salience))
     y = np.zeros(values.shape)
     spans = window_spans(taps, octaves)
     for b, t in np.argwhere(mask):
         logits = np.full(scores.shape[2:3] + values.shape[1:2], -np.inf)  # [h n]
         for j in np.flatnonzero(mask[b]):
             (window,) = np.flatnonzero((spans[:, 0] <= j - t) & (j - t <= spans[:, 1]))
-            logits[:, j] = scores[b, t, :, window]
+            logits[:, j] = scores[b, t, :, window] + salience[b, j]
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
         y[b, t] = np.einsum("hj,jhc->hc", weights, np.where(mask[b][:, None, None], values[b], 0))
@@ -56,6 +61,7 @@ def relative_average_reference(values, scores, mask, taps: int, octaves: int) ->
 def relative_average(
     values: Float[Array, "b n h c"],
     scores: Float[Array, "b n h k"],
+    salience: Float[Array, "b n h"],
     mask: Mask,
     taps: int,
     octaves: int,
@@ -65,6 +71,7 @@ def relative_average(
     Args:
         values: v; on padding anything.
         scores: s, one for every window of `window_spans`.
+        salience: r, at most some tens: its exponential is summed up; on padding anything.
         mask: True where a frame is valid.
         taps: see `window_spans`.
         octaves: see `window_spans`.
@@ -73,17 +80,30 @@ def relative_average(
     values = zero_padding(values.reshape(b, n, h * c).astype(jnp.float32), mask)
     # Weights sum to 1, so the mean may go and come back; without it the prefix sum does not grow with the length.
     mean = masked_mean(values, mask[..., None], axis=1)
-    values = zero_padding(values - mean, mask).reshape(b, n, h, c)
-    valid = mask.astype(jnp.float32)[..., None, None]
-    spans = window_spans(taps, octaves)
-    # One window at a time, [b n 1]: frames that are there to be averaged.
-    counts = [_gather(jnp.eye(len(spans))[k], valid, taps, octaves) for k in range(len(spans))]
-    count = jnp.concatenate(counts, axis=-1)  # [b n 1 k]
-    scores = jnp.where(count > 0, scores.astype(jnp.float32), -FAR)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    # The largest weight is 1 and its window holds a frame, so that the sum is 1 at least where there is any.
-    weights = weights / jnp.maximum(jnp.sum(weights * count, axis=-1, keepdims=True), 1.0)
-    return mean.reshape(b, 1, h, c) + _gather(weights, values, taps, octaves)
+    importance = jnp.exp(zero_padding(salience.astype(jnp.float32), mask))
+    importance = zero_padding(importance, mask)[..., None]
+    values = (values - mean).reshape(b, n, h, c) * importance
+    weight = _window_sums(importance, taps, octaves)  # [b n h k]
+    scores = jnp.where(weight > 0, scores.astype(jnp.float32), -FAR)
+    query = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    query = query / jnp.maximum(jnp.sum(query * weight, axis=-1, keepdims=True), TINY)
+    return mean.reshape(b, 1, h, c) + _gather(query, values, taps, octaves)
+
+
+def _window_sums(x: Float[Array, "b n h 1"], taps: int, octaves: int) -> Float[Array, "b n h k"]:
+    """`sum_(j in window k of t) x_j` for every window, of values that are not negative.
+
+    A window far shorter than what was summed before it may come out slightly off; one without a frame is exactly 0.
+    """
+    starts = _starts(taps, octaves)
+    zero, prefix = jnp.zeros_like(x[:, :1]), jnp.cumsum(x, axis=1)
+    total = prefix[:, -1:]
+    single = [_shifted(x, offset, zero) for offset in range(-taps, taps + 1)]
+    edges = [_shifted(prefix, start - 1, total) for start in starts.tolist()]
+    after = [far - near for near, far in pairwise([*edges, total])]
+    edges = [_shifted(prefix, -start, zero) for start in starts.tolist()]
+    before = [near - far for near, far in pairwise([*edges, zero])]
+    return jnp.concatenate([*single, *after, *before], axis=-1)
 
 
 def _gather(weights: Array, values: Float[Array, "b n h c"], taps: int, octaves: int) -> Array:

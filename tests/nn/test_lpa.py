@@ -114,8 +114,9 @@ def lpa_reference(w, config, x, progress, hard):
         first = last
     if config.octaves:
         scores = np.einsum("nd,dhk->nhk", z, w["relative.kernel"]) + w["relative.bias"]
-        inputs = heads.transpose(0, 2, 1, 3), scores[None], mask
-        near = relative_average_reference(*inputs, config.taps, config.octaves)
+        salience = 2 * np.tanh(z @ w["relative.salience"] / 2)
+        seen = heads.transpose(0, 2, 1, 3), scores[None], salience[None], mask
+        near = relative_average_reference(*seen, config.taps, config.octaves)
         y += near[0].transpose(1, 0, 2)
     if config.local:
         local = depthwise_conv(v, w["local_kernel"]).reshape(n, H, c).transpose(1, 0, 2)
