@@ -27,7 +27,15 @@ from tests.support.tiny import tiny_model
 from tests.support.tiny_exits import exit_model
 
 ALL_KINDS = LPAConfig(
-    aperiodic=2, runs=2, periodic=1, positional=1, mean=1, kernel_size=3, local_kernel_size=5
+    octaves=1,
+    taps=1,
+    aperiodic=2,
+    runs=2,
+    periodic=1,
+    positional=1,
+    mean=1,
+    kernel_size=3,
+    local_kernel_size=5,
 )
 CONTENT = LPAConfig(aperiodic=1, periodic=1, positional=0, kernel_size=3, readout="content")
 
