@@ -1,11 +1,14 @@
 """Copying an encoder, and the message about tensors that do not fit."""
 
+from pathlib import Path
+
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from edgespeech.errors import InputError
-from edgespeech.interop.tensors import copy_but_head, named_params, require_tensors
+from edgespeech.interop.tensors import copy_but_head, named_params, require_tensors, sketch
 from tests.support.modules import randomize
 
 
@@ -57,3 +60,35 @@ def test_names_are_paths():
         "layer.bias",
         "layer.kernel",
     ]
+
+
+def test_a_sketch_has_the_shapes_and_draws_no_keys():
+    drawn = []
+
+    def make():
+        rngs = nnx.Rngs(0)
+        model = Model(3, 5)
+        drawn.append((rngs.params(), rngs.params()))
+        return model
+
+    weights = {name: np.zeros(param.shape) for name, param in named_params(Model(3, 5)).items()}
+    model = sketch(make, Path("model.json"), {"width": 3}, weights)
+    found = {name: (param.shape, param.dtype) for name, param in named_params(model).items()}
+    assert found == {name: (value.shape, np.float32) for name, value in weights.items()}
+    one, other = map(jax.random.key_data, drawn[0])
+    np.testing.assert_array_equal(one, other)
+    rngs = nnx.Rngs(0)  # behind it, keys are drawn as ever
+    np.testing.assert_array_equal(
+        jax.random.key_data(rngs.params()), jax.random.key_data(nnx.Rngs(0).params())
+    )
+    assert rngs.params() != nnx.Rngs(0).params()
+
+
+def test_keys_are_drawn_again_after_a_sketch_that_failed():
+    def make():
+        raise ValueError("no such model")
+
+    with pytest.raises(ValueError, match="no such model"):
+        sketch(make, Path("model.json"), {}, {})
+    rngs = nnx.Rngs(0)
+    assert rngs.params() != rngs.params()
