@@ -11,33 +11,32 @@ from edgespeech.errors import InputError
 # The warning is a USR1 to this shell. It must not be a TERM: that is what `scancel JOB` sends as well, and a job that
 # was cancelled must not come back. `scancel --signal` reaches the tasks and not this shell; a TERM to srun would not
 # do, for srun answers it by killing them.
+#
+# The status comes through a pipe and not from `wait`: a signal that arrives as srun ends makes bash's `wait` lose the
+# status for good (seen with 5.2), while `read` runs the trap and reads on (from 4.3).
 _SCRIPT = Template("""\
 #!/bin/bash
 $directives
 
 cd -- $folder || exit 1
 $setup
-# Cancelled, or preempted without a warning: SLURM tells the tasks itself.
-end() {
-  wait "$$step"
-  exit
-}
-trap end TERM
+# Cancelled, or preempted without a warning: SLURM tells the tasks itself, and this shell waits for them.
+trap : TERM
 # Warned, before the time limit or a preemption: the tasks save and exit with 0; then the job goes back into the queue,
 # and its next turn resumes.
-save_and_requeue() {
+warned=false
+warn() {
   trap '' USR1
+  warned=true
   scancel --signal=TERM "$$SLURM_JOB_ID"
-  wait "$$step"
-  status=$$?
-  if [ "$$status" -eq 0 ] && $requeue; then scontrol requeue "$$SLURM_JOB_ID"; fi
-  exit "$$status"
 }
-trap save_and_requeue USR1
+trap warn USR1
 
-srun --kill-on-bad-exit=1 $command &
-step=$$!
-wait "$$step"
+exec 3>&1
+read -r status < <(trap : TERM; srun --kill-on-bad-exit=1 $command >&3; echo "$$?")
+status=$${status:-1}
+if $$warned && [ "$$status" -eq 0 ] && $requeue; then scontrol requeue "$$SLURM_JOB_ID"; fi
+exit "$$status"
 """)
 
 
