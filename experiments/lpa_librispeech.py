@@ -84,6 +84,8 @@ flags.DEFINE_enum(
     "preset", "tiny", sorted(PRESETS), "Sizes of the model; --model.* change single ones."
 )
 define_config("model", Wav2Vec2Config.tiny(), skip=("vocab_size",))
+SHARED_FIELDS = tuple(field.name for field in dataclasses.fields(Wav2Vec2Config))
+define_config("model", MoonshineCTCConfig.base(), skip=SHARED_FIELDS)  # sizes that only it has
 flags.DEFINE_string(
     "teacher",
     None,

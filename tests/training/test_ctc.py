@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from edgespeech.training.ctc import ctc_objective, ctc_per_token, weighted_mean
+from edgespeech.training.ctc import ctc_objective, ctc_per_token, head_objective, weighted_mean
 from tests.support.tiny import batch_with_filler, tiny_model, tone_source
 
 
@@ -127,3 +127,26 @@ def test_dropout_depends_on_the_key_alone(case):
     )
     assert first == again
     assert first != other
+
+
+def test_head_objective(case):
+    """The loss of the last layer, whose gradient reaches the head alone and is there that of the whole objective."""
+    model, batch, output = case
+    head, objective, prepare = head_objective(model)
+    heard = prepare(batch)
+    # What frames of the padding hold has no meaning; the other call is not compiled, and rounds otherwise.
+    lengths = np.where(batch.weights > 0, output.lengths, 0)
+    valid = np.arange(heard.hidden.shape[1]) < lengths[:, None]
+    found, want = (np.asarray(hidden)[valid] for hidden in (heard.hidden, output.hidden[-1]))
+    np.testing.assert_allclose(found, want, atol=2e-5)
+    (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(head, heard, None, 0)
+    expected = plain_objective(output.logits, output.lengths, batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert metrics.keys() == {"ctc"}
+    graphdef, params = nnx.split(model)
+    whole, _ = jax.grad(ctc_objective(graphdef), has_aux=True)(params, batch, None, 0)
+    assert set(gradient) == {"head"}
+    for name in ("kernel", "bias"):
+        np.testing.assert_allclose(
+            gradient["head"][name][...], whole["head"][name][...], rtol=1e-4, atol=1e-6
+        )
