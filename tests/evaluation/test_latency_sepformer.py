@@ -16,21 +16,11 @@ from edgespeech.evaluation.latency_sepformer import (
     random_speechbrain_model,
 )
 from edgespeech.interop.speechbrain_sepformer import load_speechbrain_sepformer
-from edgespeech.models.sepformer import SepFormerConfig
 from edgespeech.nn.attention import SelfAttention
 from edgespeech.nn.lpa import LPA, LPAConfig
 from tests.support.modules import randomize
+from tests.support.sepformer import SMALL as CONFIG
 
-CONFIG = SepFormerConfig(
-    num_filters=20,
-    width=16,
-    kernel_size=8,
-    chunk_length=6,
-    num_intra_layers=2,
-    num_inter_layers=1,
-    num_heads=2,
-    ffn_width=24,
-)
 SMALL_LPA = LPAConfig(aperiodic=2, periodic=1, positional=1, kernel_size=3, local_kernel_size=3)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +12,77 @@ import pytest
 from flax import nnx
 
 from edgespeech.errors import InputError
-from edgespeech.evaluation.latency_sepformer import importable_torchaudio, random_speechbrain_model
-from edgespeech.interop.speechbrain_sepformer import load_speechbrain_sepformer, speechbrain_names
-from edgespeech.interop.tensors import named_params
-from edgespeech.models.sepformer import SepFormer, SepFormerConfig
-from edgespeech.ops.sisnr import si_snr_loss
-
-torch = pytest.importorskip("torch")
-
-SMALL = SepFormerConfig(
-    num_filters=20,
-    width=16,
-    kernel_size=8,
-    chunk_length=6,
-    num_intra_layers=2,
-    num_inter_layers=1,
-    num_heads=2,
-    ffn_width=24,
+from edgespeech.evaluation.latency_sepformer import importable_torchaudio
+from edgespeech.interop import speechbrain_sepformer
+from edgespeech.interop.speechbrain_sepformer import (
+    FILES,
+    load_speechbrain_sepformer,
+    speechbrain_names,
 )
+from edgespeech.interop.tensors import named_params
+from edgespeech.models.sepformer import SepFormer
+from edgespeech.ops.sisnr import si_snr_loss
+from tests.support.sepformer import SMALL
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "speechbrain_sepformer.npz")
+
+
+def of(kind):
+    """The golden file's arrays of a kind, by SpeechBrain's names."""
+    return {k.removeprefix(kind): GOLDEN[k] for k in GOLDEN.files if k.startswith(kind)}
+
+
+def assert_step(ours, config, mix, targets, wanted, gradients):
+    """Masks, estimates, loss and gradients are theirs."""
+    ours.mask_network.scan_layers = True
+    graphdef, params = nnx.split(ours)
+    lengths = jnp.full(len(mix), mix.shape[1])
+
+    def objective(params):
+        out = nnx.merge(graphdef, params)(mix, lengths)
+        return si_snr_loss(out.estimates, targets, lengths, threshold=-1000.0), out
+
+    (value, out), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+    np.testing.assert_allclose(out.masks, wanted["masks"], atol=1e-4)
+    np.testing.assert_allclose(out.estimates, wanted["estimates"], atol=1e-4)
+    assert np.abs(out.estimates).max() > 0.1
+    assert value == pytest.approx(float(wanted["loss"]), abs=1e-4)
+    table = speechbrain_names(config)
+    assert len(nnx.to_flat_state(gradient)) == len(gradients)
+    for path, leaf in nnx.to_flat_state(gradient):
+        name = ".".join(map(str, path))
+        want = gradients[table[name]]
+        np.testing.assert_allclose(
+            np.asarray(leaf[...]).T, want, atol=1e-4 * max(1.0, np.abs(want).max()), err_msg=name
+        )
+
+
+def test_golden(tmp_path, monkeypatch):
+    """Without PyTorch at hand: two voices, so that the loss permutes."""
+    files = {name: {} for name in FILES}
+    for name, tensor in of("tensors/").items():
+        file, key = name.split(".", 1)
+        files[file][key] = tensor
+        (tmp_path / f"{file}.ckpt").touch()
+    monkeypatch.setattr(speechbrain_sepformer, "read_weights", lambda path: files[path.stem])
+    config = dataclasses.replace(SMALL, num_speakers=2)
+    ours = load_speechbrain_sepformer(tmp_path, config)
+    assert_step(ours, config, GOLDEN["mix"], GOLDEN["targets"], GOLDEN, of("gradients/"))
+
+
+# ------------------------------------------------------------------------------- against PyTorch
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def make(torch):
+    from tests.golden import make_speechbrain_sepformer
+
+    return make_speechbrain_sepformer
 
 
 @pytest.fixture(scope="module")
@@ -43,77 +97,24 @@ def peer():
         del sys.modules[name]
 
 
-def make_theirs(config):
-    model = random_speechbrain_model(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # no scale stays 1, no bias 0
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def save(model, folder):
+def save(torch, model, folder):
     for name in ("encoder", "masknet", "decoder"):
         torch.save(getattr(model, name).state_dict(), folder / f"{name}.ckpt")
     return folder
 
 
 @pytest.mark.parametrize("speakers", [1, 2])
-def test_masks_estimates_loss_and_gradients(peer, tmp_path, speakers):
-    their_loss = peer
+def test_masks_estimates_loss_and_gradients(torch, make, peer, tmp_path, speakers):
     config = dataclasses.replace(SMALL, num_speakers=speakers)
-    theirs = make_theirs(config)
-    ours = load_speechbrain_sepformer(save(theirs, tmp_path), config)
-    rng, t = np.random.default_rng(1), 8 + 4 * 29
-    targets = np.float32(rng.normal(size=(2, speakers, t)))
-    mix = targets.sum(1) + np.float32(0.5 * rng.normal(size=(2, t)))
-
-    given = torch.tensor(mix)
-    masks = theirs.masknet(theirs.encoder(given)).detach().numpy()  # [spk b d n]
-    estimates = theirs(given)  # [b t spk]
-    # The loss writes into its inputs.
-    loss = their_loss(torch.tensor(targets).transpose(1, 2).clone(), estimates.clone()).mean()
-    loss.backward()
-
-    ours.mask_network.scan_layers = True
-    graphdef, params = nnx.split(ours)
-    lengths = jnp.full(2, t)
-
-    def objective(params):
-        out = nnx.merge(graphdef, params)(mix, lengths)
-        return si_snr_loss(out.estimates, targets, lengths, threshold=-1000.0), out
-
-    (value, out), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
-    np.testing.assert_allclose(out.masks, masks.transpose(1, 0, 3, 2), atol=1e-4)
-    got = np.asarray(out.estimates).swapaxes(1, 2)
-    np.testing.assert_allclose(got, estimates.detach().numpy(), atol=1e-4)
-    assert np.abs(got).max() > 0.1
-    assert value == pytest.approx(loss.item(), abs=1e-4)
-    wanted = _their_gradients(theirs)
-    table = speechbrain_names(config)
-    for path, leaf in nnx.to_flat_state(gradient):
-        name = ".".join(map(str, path))
-        want = wanted.pop(table[name])
-        np.testing.assert_allclose(
-            np.asarray(leaf[...]).T, want, atol=1e-4 * max(1.0, np.abs(want).max()), err_msg=name
-        )
-    assert not wanted
+    theirs = make.random_model(config)
+    ours = load_speechbrain_sepformer(save(torch, theirs, tmp_path), config)
+    mix, targets = make.two_voices(speakers)
+    wanted = make.training_step(theirs, peer, mix, targets)
+    gradients = {k[10:]: v for k, v in wanted.items() if k.startswith("gradients/")}
+    assert_step(ours, config, mix, targets, wanted, gradients)
 
 
-def _their_gradients(model):
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad.numpy()
-        if name.startswith("masknet.") and gradient.ndim > 2:
-            gradient = gradient.reshape(gradient.shape[:2])
-        if "att.in_proj_" in name:
-            for part, value in zip("qkv", np.split(gradient, 3), strict=True):
-                gradients[name.replace("in_proj_", f"{part}_proj.")] = value
-        else:
-            gradients[name] = gradient
-    return gradients
-
-
-def test_loss_drops_what_is_better_than_the_threshold(peer):
+def test_loss_drops_what_is_better_than_the_threshold(torch, peer):
     their_loss = peer
     rng = np.random.default_rng(2)
     targets = np.float32(rng.normal(size=(3, 1, 50)))
@@ -129,9 +130,9 @@ def test_loss_drops_what_is_better_than_the_threshold(peer):
 
 
 @pytest.mark.usefixtures("peer")
-def test_other_lengths_equal_theirs_on_the_completed_audio(tmp_path):
-    theirs = make_theirs(SMALL)
-    ours = load_speechbrain_sepformer(save(theirs, tmp_path), SMALL)
+def test_other_lengths_equal_theirs_on_the_completed_audio(torch, make, tmp_path):
+    theirs = make.random_model(SMALL)
+    ours = load_speechbrain_sepformer(save(torch, theirs, tmp_path), SMALL)
     ours.mask_network.scan_layers = True
     more = 3
     t = 8 + 4 * 20 + more
@@ -149,7 +150,7 @@ def test_other_lengths_equal_theirs_on_the_completed_audio(tmp_path):
 # ------------------------------------------------------------------------------ without the peer
 
 
-def synthetic_folder(folder):
+def synthetic_folder(torch, folder):
     """A folder of the published layout with random weights, made from names and shapes alone."""
     template = nnx.eval_shape(lambda: SepFormer(SMALL, rngs=nnx.Rngs(0)))
     rng, files = np.random.default_rng(4), {"encoder": {}, "masknet": {}, "decoder": {}}
@@ -170,8 +171,8 @@ def synthetic_folder(folder):
     return files
 
 
-def test_layout_of_the_published_files(tmp_path):
-    files = synthetic_folder(tmp_path)
+def test_layout_of_the_published_files(torch, tmp_path):
+    files = synthetic_folder(torch, tmp_path)
     model = load_speechbrain_sepformer(tmp_path, SMALL)
     layer = model.mask_network.blocks[1].intra.layers[1]
     weight = files["masknet"]["dual_mdl.1.intra_mdl.mdl.layers.1.self_att.att.in_proj_weight"]
@@ -185,8 +186,8 @@ def test_layout_of_the_published_files(tmp_path):
     )
 
 
-def test_a_folder_of_another_model_is_refused(tmp_path):
-    synthetic_folder(tmp_path)
+def test_a_folder_of_another_model_is_refused(torch, tmp_path):
+    synthetic_folder(torch, tmp_path)
     with pytest.raises(InputError, match=r"dual_mdl.1.inter.*is not part of the model"):
         load_speechbrain_sepformer(tmp_path, dataclasses.replace(SMALL, num_blocks=1))
     with pytest.raises(
@@ -195,8 +196,8 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
         load_speechbrain_sepformer(tmp_path, dataclasses.replace(SMALL, num_speakers=2))
 
 
-def test_damaged_or_missing_files_are_named(tmp_path):
-    synthetic_folder(tmp_path)
+def test_damaged_or_missing_files_are_named(torch, tmp_path):
+    synthetic_folder(torch, tmp_path)
     (tmp_path / "decoder.ckpt").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match=r"decoder.ckpt is not a file of tensors"):
         load_speechbrain_sepformer(tmp_path, SMALL)
@@ -205,8 +206,8 @@ def test_damaged_or_missing_files_are_named(tmp_path):
         load_speechbrain_sepformer(tmp_path, SMALL)
 
 
-def test_code_in_a_file_is_not_run(tmp_path):
-    synthetic_folder(tmp_path)
+def test_code_in_a_file_is_not_run(torch, tmp_path):
+    synthetic_folder(torch, tmp_path)
     torch.save({"weight": print}, tmp_path / "decoder.ckpt")
     with pytest.raises(InputError, match=r"decoder.ckpt is not a file of tensors alone"):
         load_speechbrain_sepformer(tmp_path, SMALL)

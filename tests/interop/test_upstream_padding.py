@@ -8,7 +8,7 @@ from flax import nnx
 
 from edgespeech.errors import InputError
 from edgespeech.interop.hf_wav2vec2 import load_hf_wav2vec2, save_hf_wav2vec2
-from tests.golden.hf_checkpoint import IDS, write
+from tests.golden.hf_checkpoint import GOLDEN, IDS, write
 
 LENGTHS = (4000, 1100, 2900)
 call = nnx.jit(lambda model, audio, lengths: model(audio, lengths))
@@ -86,6 +86,18 @@ def test_exact_is_the_unpadded_utterance_and_not_upstream(checkpoint, waves, out
     assert differ[0].max() < 1e-4  # the longest has no padding
     for row in (1, 2):
         assert differ[row, : exact.lengths[row]].max() > 0.05
+
+
+def test_golden_padded_batch(tmp_path):
+    """What upstream's padding does, without PyTorch at hand; the longest row shows it in neither."""
+    audio, lengths = GOLDEN["audio"], GOLDEN["padded_lengths"]
+    folder, logits = write(tmp_path), GOLDEN["padded_logits"]
+    upstream = call(load_hf_wav2vec2(folder, "upstream").model, audio, lengths)
+    np.testing.assert_allclose(upstream.logits, logits, rtol=0, atol=1e-5)
+    exact = call(load_hf_wav2vec2(folder).model, audio, lengths)
+    np.testing.assert_allclose(exact.logits[0], logits[0], rtol=0, atol=1e-5)
+    n = int(exact.lengths[1])
+    assert np.abs(exact.logits[1, :n] - logits[1, :n]).max() > 0.01
 
 
 def test_upstream_needs_a_normalised_waveform(tmp_path):

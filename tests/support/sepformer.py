@@ -7,6 +7,18 @@ import numpy as np
 from edgespeech.models.sepformer import SepFormerConfig
 from tests.support.reference import layer_norm, linear, part, self_attention, sigmoid
 
+# What is compared with SpeechBrain's: a stride of 4 samples.
+SMALL = SepFormerConfig(
+    num_filters=20,
+    width=16,
+    kernel_size=8,
+    chunk_length=6,
+    num_intra_layers=2,
+    num_inter_layers=1,
+    num_heads=2,
+    ffn_width=24,
+)
+
 # Small enough for tests: two blocks of two layers within chunks and one across.
 TOY = SepFormerConfig(
     sample_rate=16_000,
