@@ -31,6 +31,7 @@ from experiments.ablation_table import DEFAULT, write_tables
 from experiments.flags import int_list
 
 FLAGS = flags.FLAGS
+PULSES = ("lpa.aperiodic", "lpa.periodic", "lpa.positional")
 flags.adopt_module_key_flags(program)
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("replaced")
@@ -45,18 +46,20 @@ class Plan(NamedTuple):
         module: of the program.
         steps_per_layer: its default.
         labels: its weight of the loss on the labels.
+        windows: octaves of its LPA's windows around every frame, 0 for none.
         hours: its flag of the hours that are trained on, if it has one.
     """
 
     module: str
     steps_per_layer: int
     labels: str
+    windows: int
     hours: str | None = None
 
 
 PLANS = {
-    "moonshine": Plan("experiments.lpa_moonshine", 200, "cross_entropy", "max_train_hours"),
-    "ctc": Plan("experiments.lpa_librispeech", 36, "ctc"),
+    "moonshine": Plan("experiments.lpa_moonshine", 200, "cross_entropy", 4, "max_train_hours"),
+    "ctc": Plan("experiments.lpa_librispeech", 36, "ctc", 0),
 }
 
 flags.DEFINE_enum(
@@ -138,6 +141,8 @@ def planned_rows(
     }
     changes: dict[str, dict[str, Any]] = {
         DEFAULT: {"controls": controls, "window": window},
+        ("windows", "no_windows")[plan.windows > 0]: {"lpa.octaves": 0 if plan.windows else 4},
+        "windows_only": {"lpa.octaves": 4} | dict.fromkeys(PULSES, 0),
         "readout_content": {"lpa.readout": "content"},
         "runs": {"lpa.aperiodic": 0, "lpa.runs": 8},
         "rectangles_and_runs": {"lpa.aperiodic": 4, "lpa.runs": 4},

@@ -14,8 +14,8 @@ On real speech, with transcripts only where the WER is measured:
 
 The targets of the student are what the teacher hears: its greedy texts of the training audio, kept in
 WORKDIR/labels.jsonl, or in --shared. The student also learns the teacher's distribution of every token and its
-encoder's hidden states. The decoder stays the teacher's. The recipe is ours; LPA is Y. P. Shkolnikov's, arXiv
-2603.16922.
+encoder's hidden states. The decoder stays the teacher's. LPA has windows around every frame here (--lpa.octaves
+is 4). The recipe is ours; LPA is Y. P. Shkolnikov's, arXiv 2603.16922.
 """
 
 import dataclasses
@@ -41,6 +41,7 @@ from edgespeech.evaluation.decode import Seq2SeqDecoder
 from edgespeech.interop.moonshine_tokenizer import PieceTokenizer
 from edgespeech.interop.open_model import open_model
 from edgespeech.models.moonshine import Moonshine
+from edgespeech.nn.lpa_config import LPAConfig
 from edgespeech.nn.rotary import RotarySelfAttention
 from edgespeech.types import SAMPLE_RATE
 from experiments import asr, convert, data_flags, program, run, shared
@@ -99,7 +100,7 @@ def experiment() -> None:
         raise InputError(
             f"--teacher={FLAGS.teacher} has layers without attention: name the model that it was made from"
         )
-    recipe = read_recipe(distil_config, model.config.num_layers)
+    recipe = read_recipe(distil_config, model.config.num_layers, LPAConfig.windows())
     workdir = run.Workdir(FLAGS.workdir, run.flag_settings(), FLAGS.resume)
     task = Seq2SeqTask(model.config.bos_id, model.config.eos_id)
     teacher = Teacher(model, task)

@@ -68,8 +68,13 @@ class Recipe:
     loop: LoopConfig
 
 
-def read_recipe(distil: DistilConfig, num_layers: int) -> Recipe:
+def read_recipe(distil: DistilConfig, num_layers: int, lpa: LPAConfig | None = None) -> Recipe:
     """The recipe that the flags describe, for a model of so many layers.
+
+    Args:
+        distil: its part of it.
+        num_layers: with a mixer.
+        lpa: what --lpa.* change; None: the default.
 
     Raises:
         InputError: a value is out of range.
@@ -78,7 +83,7 @@ def read_recipe(distil: DistilConfig, num_layers: int) -> Recipe:
     if not replaced:
         raise InputError("--replaced is empty: give at least one number of layers")
     return Recipe(
-        lpa=read_config("lpa", LPAConfig()),
+        lpa=read_config("lpa", lpa or LPAConfig()),
         distil=distil,
         order=FLAGS.order,
         replaced=replaced,

@@ -32,14 +32,15 @@ def test_every_row_is_a_setting_of_the_program_and_has_the_same_budget(plan):
             prefix: {k.partition(".")[2]: v for k, v in row.items() if k.startswith(f"{prefix}.")}
             for prefix in ("lpa", "distil")
         }
-        lpa, distil = LPAConfig(**parts["lpa"]), DISTIL[plan](**parts["distil"])
+        octaves = {"octaves": PLANS[plan].windows}
+        lpa, distil = LPAConfig(**octaves | parts["lpa"]), DISTIL[plan](**parts["distil"])
         assert row["sweep_steps"] + distil.num_steps(8, 8) == 30 + 8 * 50, name
         others = {k: v for k, v in row.items() if "." not in k}
         settings.append((lpa, distil, others))
         # One thing at a time: the numbers of pulses may change together.
         default = settings[0]
         lpa_changes = changed(lpa, default[0])
-        assert len(lpa_changes - {"aperiodic", "runs", "periodic", "positional"}) <= 1
+        assert len(lpa_changes - {"aperiodic", "runs", "periodic", "positional"}) <= 1, name
         steps = {"steps_per_layer", "joint_steps"}
         kinds = [bool(lpa_changes), bool(changed(distil, default[1]))]
         kinds.append(
