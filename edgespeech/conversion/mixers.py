@@ -13,7 +13,8 @@ from edgespeech.nn.token_mixer_controls import Removed, sliding_window
 # attention, rngs -> mixer
 MixerFactory = Callable[[SelfAttention | RotarySelfAttention, nnx.Rngs], nnx.Module]
 
-# Each with the same number of pulses in all, or none; "mean only" and "local path only" tell whether pulses do the work.
+# Each with the same number of pulses in all, or with none: "mean only" and "local path only" tell whether pulses do the
+# work.
 LPA_CONTROLS = {
     "pulses_only": LPAConfig.default,
     "mean_only": LPAConfig.mean_only,
