@@ -1,8 +1,10 @@
 """The command line: words and their times on tones that are known, long files, formats, errors, and every command."""
 
 import dataclasses
+import gc
 import itertools
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import soundfile
 import soxr
 from flax import nnx
 
+from edgespeech import cli
 from edgespeech.cli import main
 from edgespeech.conversion.mixers import lpa_factory
 from edgespeech.data.tokenizer import CharTokenizer, SentencePieceTokenizer, ctc_collapse
@@ -244,6 +247,18 @@ def test_help_is_quick():
     assert "--model" in done.stdout
 
 
+def test_collections_are_few_while_a_command_runs(monkeypatch):
+    before, found = gc.get_threshold(), []
+    command = SimpleNamespace(
+        add_arguments=lambda parser: None,
+        run=lambda arguments: found.append(gc.get_threshold()) or 3,
+    )
+    monkeypatch.setitem(cli.COMMANDS, "inspect", command)
+    assert main(["inspect"]) == 3
+    assert found == [(50_000, *before[1:])]
+    assert gc.get_threshold() == before
+
+
 def test_transcribe(saved, tmp_path, capsys):
     """A bad file is named, the other is done, and its words are those of the model."""
     folder, model = saved
@@ -270,6 +285,26 @@ def test_transcribe(saved, tmp_path, capsys):
 
     assert main(["transcribe", files[1], f"--model={folder}"]) == 0
     assert capsys.readouterr().out == want + "\n"
+
+
+def test_a_second_start_compiles_nothing(saved, tmp_path):
+    """What the first start compiles lies in the user's cache folder, and the second one adds nothing to it."""
+    soundfile.write(tmp_path / "a.wav", tone("AB C"), RATE, subtype="FLOAT")
+    chosen = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    folder = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | chosen
+    command = [sys.executable, "-m", "edgespeech", "transcribe", str(tmp_path / "a.wav")]
+
+    def start():
+        done = subprocess.run(
+            [*command, f"--model={saved[0]}"], capture_output=True, text=True, cwd=ROOT, env=folder
+        )
+        assert done.returncode == 0, done.stderr
+        programs = (tmp_path / "edgespeech" / "xla").glob("*-cache")
+        return done.stdout, {path.name for path in programs}
+
+    text, programs = start()
+    assert any(name.startswith("jit_path-") for name in programs)
+    assert start() == (text, programs)
 
 
 def test_inspect(saved, capsys):
