@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKDIR ?= runs/lpa
 BIN := .venv/bin
 
-.PHONY: lpa test lint docs clean
+.PHONY: lpa test lint docs litert coreml clean
 
 # The stamp of an install depends on what it installs, so that an edit of setup.py reinstalls.
 .venv/installed: setup.py
@@ -32,5 +32,13 @@ docs: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(BIN)/mkdocs build --strict --site-dir site
 
+# Exports whose tools do not go with the rest, each in an environment of its own: .venv-litert/bin/edgespeech export ...
+.venv-%/installed: setup.py
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+litert coreml: %: .venv-%/installed
+
 clean:
-	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-litert .venv-coreml build dist site *.egg-info .pytest_cache .ruff_cache
