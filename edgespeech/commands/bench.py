@@ -4,11 +4,14 @@ import argparse
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgespeech.errors import InputError
+
+if TYPE_CHECKING:
+    from edgespeech.evaluation.bench_files import ExportedFile
 
 COLUMNS = ("file", "bits", "MB", "threads", "p50 ms", "p90 ms", "p99 ms", "RTF", "peak MB")
 NOTE = (
@@ -24,7 +27,12 @@ SPEECH_NOTE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("files", nargs="*", metavar="FILE", help="what `edgespeech export` wrote")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help="what `edgespeech export` wrote; of --exits the folder, for a row for each exit",
+    )
     parser.add_argument(
         "--threads", default="1,2", help="numbers of threads, parted by commas (default: 1,2)"
     )
@@ -74,12 +82,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("nothing to time: name files that `edgespeech export` wrote, or --peers")
     if arguments.speech:
         return _run_speech(arguments, threads)
+    from edgespeech.evaluation.bench_files import open_files
+
     rows = [
-        measure(Path(name), number, arguments.repeats or 30)
-        for name in arguments.files
+        measure(file, number, arguments.repeats or 30)
+        for file in open_files(arguments.files)
         for number in threads
     ]
-    _print_table([COLUMNS, *((Path(row["file"]).name, *_cells(row)) for row in rows)])
+    _print_table([COLUMNS, *((row["file"], *_cells(row)) for row in rows)])
     print(NOTE)
     _write(arguments.output, {"rows": rows})
     return 0
@@ -94,16 +104,17 @@ def _run_speech(arguments: argparse.Namespace, threads: list[int]) -> int:
             raise InputError(f"--peer_model={pair}: give a name and a path, such as vosk:DIR")
         models[name] = Path(path)
     from edgespeech.data.folder import FolderCorpus
+    from edgespeech.evaluation.bench_files import open_files
     from edgespeech.evaluation.bench_peers import find_peers
     from edgespeech.evaluation.bench_speech import (
-        ExportedFile,
         choose_recordings,
+        int8_against_float,
         measure_speech,
         wer_over_time,
     )
     from edgespeech.types import SAMPLE_RATE
 
-    files = [ExportedFile(name) for name in arguments.files]
+    files = open_files(arguments.files)
     peers, notes = find_peers(models) if arguments.peers else ([], [])
     folder = Path(arguments.speech).resolve()
     corpus = FolderCorpus(folder.parent, folder.name, require_text=False)
@@ -131,10 +142,12 @@ def _run_speech(arguments: argparse.Namespace, threads: list[int]) -> int:
                 raise
             notes.append(f"{recogniser.name} {recogniser.version} failed: {error!r}")
             failed += 1
+    pairs = int8_against_float(rows, recordings)
     _print_table([SPEECH_COLUMNS, *map(_speech_cells, rows)])
-    for line in (f"Heard: {heard}.", SPEECH_NOTE, *notes):
+    for line in (f"Heard: {heard}.", SPEECH_NOTE, *map(_int8_line, pairs), *notes):
         print(line)
-    _write(arguments.output, {"rows": rows, "speech": heard, "notes": notes})
+    facts = {"rows": rows, "speech": heard, "int8_against_float": pairs, "notes": notes}
+    _write(arguments.output, facts)
     if arguments.plot:
         wer_over_time(arguments.plot, rows, heard)
     return 1 if failed else 0
@@ -154,11 +167,11 @@ def _write(output: str | None, facts: dict[str, Any]) -> None:
         Path(output).write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def measure(path: Path, threads: int, repeats: int) -> dict[str, Any]:
+def measure(file: "ExportedFile", threads: int, repeats: int) -> dict[str, Any]:
     """The row of a file, measured in processes of their own, so that nothing else is in their memory and threads.
 
     Args:
-        path: of the exported file.
+        file: what is timed.
         threads: cores that the processes are bound to, and threads of ONNX Runtime or LiteRT.
         repeats: timed calls; three more come before them.
 
@@ -171,47 +184,32 @@ def measure(path: Path, threads: int, repeats: int) -> dict[str, Any]:
     import numpy as np
 
     from edgespeech.evaluation.latency import peak_memory_mb, real_time_factor
-    from edgespeech.interop.exported import open_exported
 
-    manifest = open_exported(path).manifest
-    audio = np.zeros(manifest["inputs"]["audio"]["shape"], np.float32)
-    audio[:] = np.random.default_rng(0).normal(0, 0.05, audio.shape)
-    load = functools.partial(_load, path, threads)
+    audio = np.random.default_rng(0).normal(0, 0.05, (1, file.samples)).astype(np.float32)
+    load = functools.partial(_load, file, threads)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         milliseconds = executor.submit(_time, load, audio, repeats).result()
     p50, p90, p99 = (float(ms) for ms in np.percentile(milliseconds, [50, 90, 99]))
     return {
-        "file": str(path),
-        "bits": manifest["bits"],
-        "megabytes": path.stat().st_size / 1e6,
+        "file": file.name,
+        "bits": file.bits,
+        "megabytes": file.model_bytes / 1e6,
         "threads": threads,
         "p50_ms": p50,
         "p90_ms": p90,
         "p99_ms": p99,
-        "real_time_factor": real_time_factor(p50, manifest["seconds"]),
+        "real_time_factor": real_time_factor(p50, file.seconds),
         "peak_mb": peak_memory_mb(load, audio),
     }
 
 
-def _load(path: Path, threads: int) -> Callable[[Any], Callable[[], Any]]:
+def _load(file: "ExportedFile", threads: int) -> Callable[[Any], Callable[[], Any]]:
     """A load as in `evaluation.latency`: binds the process, opens the file."""
-    import numpy as np
-
     from edgespeech.evaluation.latency import limit_threads
-    from edgespeech.interop.exported import open_exported, read_manifest
-    from edgespeech.interop.exported_stream import ExportedStream
 
     limit_threads(threads)
-    if "state" in read_manifest(path):
-        stream = ExportedStream(path, threads=threads)
-        return lambda audio: lambda: stream.step(audio[0])
-    run = open_exported(path, threads).run
-
-    def prepare(audio):
-        length = np.array([audio.shape[1]], np.int32)
-        return lambda: run(audio, length)
-
-    return prepare
+    file.load(threads)
+    return file.prepare
 
 
 def _time(load: Callable[[], Any], audio: Any, repeats: int) -> list[float]:
@@ -226,6 +224,19 @@ def _time(load: Callable[[], Any], audio: Any, repeats: int) -> list[float]:
         if turn >= 3:
             times.append((time.perf_counter() - start) * 1e3)
     return times
+
+
+def _int8_line(pair: Mapping[str, Any]) -> str:
+    """A sentence on 8 bits, of a pair of `int8_against_float`."""
+    if pair["wer"] is None:
+        wer = "without transcripts"
+    else:
+        change, low, high = (100 * value for value in (pair["wer"], *pair["ci"]))
+        wer = f"WER {change:+.2f} points ({low:+.2f} to {high:+.2f})"
+    return (
+        f"{pair['file']}, {pair['threads']} threads, against 32 bits: {wer}, {pair['size']:.2f} of the size, "
+        f"{pair['time']:.2f} of the time"
+    )
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -13,17 +13,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from edgespeech import __version__
 from edgespeech.data.corpus import Corpus
 from edgespeech.errors import InputError
+from edgespeech.evaluation.bench_files import matching_int8
 from edgespeech.evaluation.bench_peers import Peer
 from edgespeech.evaluation.drawing import BLUE, ORANGE, label_at_right, new_figure, save_figure
 from edgespeech.evaluation.latency import Prepare, limit_threads, peak_memory_mb
 from edgespeech.evaluation.plain_text import plain_text
-from edgespeech.evaluation.wer import score
-from edgespeech.inference.words import text_of, words_of_path
-from edgespeech.interop.exported import open_exported
-from edgespeech.interop.exported_stream import ExportedStream
+from edgespeech.evaluation.wer import WerResult, paired_bootstrap, score
 from edgespeech.types import SAMPLE_RATE
 
 
@@ -57,43 +54,6 @@ class Recogniser(Protocol):
     def transcribe(self, samples: np.ndarray) -> str:
         """Text of a recording, float32 `[t]` in [-1, 1] at 16 kHz."""
         ...
-
-
-class ExportedFile:
-    """A file that `edgespeech export` wrote, a whole model or a streaming step, decoded greedily.
-
-    Attributes:
-        most_samples: of a recording; None: a step takes any.
-
-    Raises:
-        InputError: the file or its manifest is missing or damaged.
-    """
-
-    def __init__(self, path: str | Path):
-        self._path = Path(path)
-        manifest = open_exported(path).manifest
-        self.name, self.bits = self._path.name, manifest["bits"]
-        self.version = f"edgespeech {__version__}"
-        self.model_bytes = manifest["bytes"]
-        self._is_step = "state" in manifest
-        self.most_samples = None if self._is_step else manifest["inputs"]["audio"]["shape"][1]
-
-    def load(self, threads: int) -> None:
-        """Opens the file in its own runtime."""
-        if self._is_step:
-            self._stream = ExportedStream(self._path, threads=threads)
-        else:
-            self._whole = open_exported(self._path, threads)
-
-    def transcribe(self, samples: np.ndarray) -> str:
-        """Text of the best path; a step takes the recording chunk by chunk."""
-        if self._is_step:
-            self._stream.reset()
-            updates = self._stream.feed(samples), self._stream.close()
-            return text_of(word for update in updates for word in update.final)
-        manifest = self._whole.manifest
-        path = self._whole.logits(samples).argmax(-1)
-        return text_of(words_of_path(path, manifest["vocabulary"], manifest["frame_seconds"]))
 
 
 class Recording(NamedTuple):
@@ -204,11 +164,7 @@ def summarise(
     """
     p50, p90, p99 = (float(ms) for ms in np.percentile(1e3 * heard.seconds, [50, 90, 99]))
     audio = len(heard.seconds) * sum(len(r.samples) for r in recordings) / SAMPLE_RATE
-    known = [
-        (recording.id, plain_text(recording.text), plain_text(text))
-        for recording, text in zip(recordings, heard.texts, strict=True)
-        if recording.text
-    ]
+    result = _scored(recordings, heard.texts)
     return {
         "file": recogniser.name,
         "version": recogniser.version,
@@ -219,9 +175,52 @@ def summarise(
         "p90_ms": p90,
         "p99_ms": p99,
         "real_time_factor": float(heard.seconds.sum()) / audio,
-        "score": score(*zip(*known, strict=True)).to_json() if known else None,
+        "score": result.to_json() if result else None,
         "texts": heard.texts,
     }
+
+
+def _scored(recordings: Sequence[Recording], texts: Sequence[str]) -> WerResult | None:
+    known = [
+        (recording.id, plain_text(recording.text), plain_text(text))
+        for recording, text in zip(recordings, texts, strict=True)
+        if recording.text
+    ]
+    return score(*zip(*known, strict=True)) if known else None
+
+
+def int8_against_float(
+    rows: Sequence[Mapping[str, Any]], recordings: Sequence[Recording]
+) -> list[dict[str, Any]]:
+    """What 8 bits cost and save, for every file that is there in both forms and every number of threads.
+
+    Args:
+        rows: of `measure_speech`.
+        recordings: that they heard.
+
+    Returns:
+        For each pair its name and threads, `wer` and `ci` (8 bits less 32, paired by utterance; None without
+        transcripts), and 8 bits over 32: `size`, `time` (real-time factors), `memory`.
+    """
+    found = []
+    for threads in dict.fromkeys(row["threads"] for row in rows):
+        mine = [row for row in rows if row["threads"] == threads]
+        for whole, small in matching_int8([(row["file"], row["bits"]) for row in mine]):
+            a, b = mine[whole], mine[small]
+            scores = [_scored(recordings, row["texts"]) for row in (a, b)]
+            difference = None if None in scores else paired_bootstrap(*filter(None, scores))
+            found.append(
+                {
+                    "file": b["file"],
+                    "threads": threads,
+                    "wer": difference and difference.difference,
+                    "ci": difference and list(difference.ci),
+                    "size": b["megabytes"] / a["megabytes"],
+                    "time": b["real_time_factor"] / a["real_time_factor"],
+                    "memory": b["peak_mb"] / a["peak_mb"] if a["peak_mb"] else None,
+                }
+            )
+    return found
 
 
 def _hear_alone(
@@ -259,7 +258,7 @@ def wer_over_time(path: str | Path, rows: Sequence[Mapping[str, Any]], note: str
     rows = [row for row in rows if row["score"] is not None]
     if not rows:
         raise InputError("no row has a WER: the plot needs recordings with transcripts")
-    figure, axes = new_figure(1, 1, height=4.0)
+    figure, axes = new_figure(1, 1, height=max(4.0, 0.17 * len(rows)))  # a line for each name
     axis = axes[0, 0]
     x = np.array([row["real_time_factor"] for row in rows])
     y = 100 * np.array([row["score"]["wer"] for row in rows])

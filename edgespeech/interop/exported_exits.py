@@ -19,6 +19,8 @@ from edgespeech.data.tokenizer import Tokenizer
 from edgespeech.errors import InputError
 from edgespeech.interop.exported import (
     SUFFIXES,
+    Exported,
+    Run,
     check_choice,
     load_run,
     manifest_path,
@@ -103,14 +105,64 @@ def run_exits(folder: Path, audio: np.ndarray) -> Iterator[np.ndarray]:
         raise InputError(
             f"audio of {len(audio)} samples for a model of {manifest['samples']}: export it with more --seconds"
         )
-    embed, *exits = (
-        load_run(folder / segment["file"], manifest["format"]) for segment in manifest["segments"]
-    )
+    embed, *exits = _load_segments(folder, manifest)
     padded = np.pad(np.float32(audio), (0, manifest["samples"] - len(audio)))[None]
     x, frames = embed(padded, np.array([len(audio)], np.int32))
     for segment in exits:
         x, logits = segment(x, frames)
         yield np.asarray(logits)[0, : int(np.asarray(frames)[0])]
+
+
+def open_exit(folder: Path, number: int, threads: int | None = None) -> Exported:
+    """The segments up to an exit, as if they were one file that ends there.
+
+    Args:
+        folder: of the segments.
+        number: of the exit, from 1.
+        threads: as of `open_exported`.
+
+    Raises:
+        InputError: a file is missing or damaged, or there is no such exit.
+    """
+    manifest = exit_manifest(folder, number)
+    embed, *exits = _load_segments(folder, manifest, threads)
+
+    def run(audio, length):
+        x, frames = embed(audio, length)
+        logits = None
+        for segment in exits:
+            x, logits = segment(x, frames)
+        return logits, frames
+
+    return Exported(run, manifest)
+
+
+def exit_manifest(folder: Path, number: int) -> dict[str, Any]:
+    """What `open_exit` knows, as the manifest of one file; no segment is opened.
+
+    Raises:
+        InputError: the manifest is missing or damaged, or there is no such exit.
+    """
+    manifest = read_exits_manifest(folder)
+    last = len(manifest["segments"]) - 1
+    if not 1 <= number <= last:
+        raise InputError(f"{folder} has no exit {number}: choose 1 to {last}")
+    segments = manifest["segments"][: number + 1]
+    return manifest | {
+        "segments": segments,
+        "bytes": sum(segment["bytes"] for segment in segments),
+        "seconds": manifest["samples"] / manifest["sample_rate"],
+        "inputs": {"audio": {"shape": [1, manifest["samples"]]}},
+    }
+
+
+def _load_segments(
+    folder: Path, manifest: dict[str, Any], threads: int | None = None
+) -> Iterator[Run]:
+    return (
+        load_run(folder / segment["file"], manifest["format"], threads)
+        for segment in manifest["segments"]
+    )
 
 
 def _function(module: Any, call: Callable[..., Any]) -> Callable[..., Any]:
