@@ -10,11 +10,12 @@ from edgespeech.errors import InputError
 
 PORT = 8476  # of the coordinator, the first pod
 # A program that is told to stop saves and exits with 0, which Kubernetes would take for the end of the job: the pod
-# that was told exits with 143 instead, and the JobSet starts all pods anew.
+# that was told exits with 143 instead, and the JobSet starts all pods anew. A variable for $! would be set too late for
+# a signal that comes as the program starts.
 _RUN = """\
-trap 'trap "" TERM; kill -TERM "$child"; wait "$child"; exit 143' TERM
-"$@" & child=$!
-wait "$child"
+trap 'trap "" TERM; kill -TERM "$!"; wait "$!"; exit 143' TERM
+"$@" &
+wait "$!"
 """
 # Axes of a slice's topology, by the name that GKE gives the kind of slice.
 TPUS = {

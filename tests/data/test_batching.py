@@ -1,5 +1,4 @@
 import threading
-import time
 from fractions import Fraction
 from itertools import islice
 
@@ -13,6 +12,7 @@ from edgespeech.data.batching import BatchConfig, BatchSource
 from edgespeech.data.corpus import Corpus, Utterance
 from edgespeech.data.tokenizer import CharTokenizer
 from edgespeech.errors import InputError
+from tests.support.waiting import PATIENCE, wait_for
 
 TOKENIZER = CharTokenizer()
 
@@ -303,16 +303,12 @@ def test_batches_are_built_ahead():
     source = BatchSource(Counted([16000] * 8), TOKENIZER, BatchConfig(batch_seconds=1.04))
     iterator = source.iterator(0, 8, prefetch=3)
     next(iterator)
-    for _ in range(500):
-        if len(built) == 4:
-            break
-        time.sleep(0.01)
-    assert len(built) == 4
+    wait_for(lambda: len(built) == 4)
     iterator.close()
 
 
 def test_as_many_batches_are_built_at_once_as_there_are_threads():
-    together = threading.Barrier(3, timeout=60)
+    together = threading.Barrier(3, timeout=PATIENCE)
 
     class Together(Noises):
         def audio(self, index):

@@ -33,6 +33,7 @@ from edgespeech.ops.features import log_mel
 from tests.demo.serving import CLIP, NEVER, hybrid, hybrid_with_exits, serving, wav
 from tests.support.signals import hearing_ctrl_c
 from tests.support.tiny import ROOT
+from tests.support.waiting import PATIENCE
 
 RNG = np.random.default_rng(0)
 PREDICTOR = ExitPredictor(0.1 * RNG.normal(size=(2, len(FEATURES))), RNG.normal(size=2))
@@ -276,7 +277,7 @@ def test_one_clip_at_a_time():
     def slow(clip):
         inside.append(clip)
         most.append(len(inside))
-        go_on.wait(10)
+        go_on.wait(PATIENCE)
         inside.remove(clip)
         return {}
 
@@ -315,11 +316,11 @@ def test_ctrl_c_ends_it(saved, clip):
     )
     try:
         url = process.stdout.readline().split()[0]
-        connection = http.client.HTTPConnection(url.split("/")[2], timeout=60)
+        connection = http.client.HTTPConnection(url.split("/")[2], timeout=PATIENCE)
         connection.request("POST", "/transcribe", b"no audio")
         assert connection.getresponse().status == 400
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 0, err

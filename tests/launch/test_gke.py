@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -15,6 +14,7 @@ from edgespeech.errors import InputError
 from launch.gke import __main__ as program
 from launch.gke.manifest import GkeJob, gpu_pool, jobset, tpu_pool
 from tests.support.tiny import ROOT
+from tests.support.waiting import PATIENCE, wait_for
 
 # The part of jobset.x-k8s.io/v1alpha2, batch/v1 and core/v1 that is used here, written down from their references. A
 # key with "?" may be absent, and no key that is not named may be there; a list has items of one kind.
@@ -189,17 +189,17 @@ def test_bad_settings():
         ("exit 0", False, 0),
         ("exit 4", False, 4),
         # Saved and done with 0, but told to stop: the JobSet must not take it for the end.
-        ("trap 'exit 0' TERM; touch ready; while :; do sleep 0.02; done", True, 143),
+        ("trap 'touch saved; exit 0' TERM; touch ready; while :; do sleep 0.02; done", True, 143),
     ],
 )
 def test_a_pod_that_was_told_to_stop_does_not_count_as_done(tmp_path, body, told, status):
     command = parts(jobset(GkeJob([], "i", GPU)))[2]["command"]
     process = subprocess.Popen([*command, "bash", "-c", body], cwd=tmp_path)
     if told:
-        while not (tmp_path / "ready").exists():
-            time.sleep(0.02)
+        wait_for((tmp_path / "ready").exists)
         process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == status
+    assert process.wait(PATIENCE) == status
+    assert (tmp_path / "saved").exists() == told
 
 
 @pytest.fixture
@@ -276,7 +276,7 @@ def test_waiting_ends_with_the_job_and_shows_the_end_of_its_log(kubectl):
     failed = {"status": {"conditions": [{"type": "Failed", "status": "True"}]}}
     (kubectl / "state.json").write_text(json.dumps(failed))
     process = start(*ARGUMENTS, "--wait", "--", "x", "--resume")
-    assert process.communicate(timeout=20)[0] == "the end\n"
+    assert process.communicate(timeout=PATIENCE)[0] == "the end\n"
     assert process.returncode == 1
     last = (kubectl / "calls.txt").read_text().splitlines()[-1]
     assert last == "logs job/try-workers-0 --tail=20 --namespace default"
@@ -285,9 +285,8 @@ def test_waiting_ends_with_the_job_and_shows_the_end_of_its_log(kubectl):
 def test_waiting_deletes_the_jobset_when_interrupted(kubectl):
     process = start(*ARGUMENTS, "--wait", "--", "x", "--resume")
     calls = kubectl / "calls.txt"
-    while not (calls.exists() and "get" in calls.read_text()):
-        time.sleep(0.02)
+    wait_for(lambda: calls.exists() and "get" in calls.read_text())
     process.terminate()
-    assert process.communicate(timeout=20)[1].endswith("interrupted\n")
+    assert process.communicate(timeout=PATIENCE)[1].endswith("interrupted\n")
     assert process.returncode == 130
     assert calls.read_text().splitlines()[-1] == "delete jobset try --namespace default"

@@ -13,9 +13,9 @@ from edgespeech.errors import InputError
 from launch.slurm import __main__ as program
 from launch.slurm.script import SlurmJob, render
 from tests.support.tiny import ROOT
+from tests.support.waiting import PATIENCE, wait_for
 
 PYTHON = sys.executable
-PATIENCE = 300  # seconds; nothing here is timed: a machine may be busy
 # A program that counts to 1000, saves when it is told to stop, and goes on from there.
 COUNTER = """
 import pathlib, signal, sys, time
@@ -115,11 +115,8 @@ def start(script, tmp_path):
     return subprocess.Popen(["bash", str(path)], env=environment)
 
 
-def wait_for(path, text=""):
-    deadline = time.monotonic() + PATIENCE
-    while not (path.exists() and text in path.read_text()):
-        assert time.monotonic() < deadline, f"{path} never held {text!r}"
-        time.sleep(0.02)
+def wait_for_text(path, text=""):
+    wait_for(lambda: path.exists() and text in path.read_text(), lambda: f"{path}: no {text!r}")
 
 
 # srun puts its own process id where the stand-in for scancel finds it.
@@ -137,7 +134,7 @@ def test_a_warned_job_saves_and_is_queued_again(tools, tmp_path, ending):
     command = ["bash", "-c", 'exec "$@" > out', "x", PYTHON, "-c", program, str(saved), last]
     job = SlurmJob(command, folder=str(tmp_path), requeue=ending != "once")
     process = start(render(job), tmp_path)
-    wait_for(tmp_path / "out", "from 0")
+    wait_for_text(tmp_path / "out", "from 0")
     if ending == "alone":
         assert process.wait(PATIENCE) == 0
         assert saved.read_text() == "3"
@@ -162,7 +159,7 @@ def test_a_signal_as_the_tasks_end_does_not_lose_their_status(tools, tmp_path):
     for milliseconds in range(20):
         (tmp_path / "out").unlink(missing_ok=True)
         process = start(script, tmp_path)
-        wait_for(tmp_path / "out")
+        wait_for_text(tmp_path / "out")
         os.kill(int((tmp_path / "bin" / "step").read_text()), signal.SIGTERM)
         time.sleep(milliseconds / 1000)
         process.terminate()
@@ -235,7 +232,7 @@ def test_waiting_cancels_the_job_when_interrupted(tools, tmp_path):
     process = subprocess.Popen(
         [PYTHON, "-m", "launch.slurm", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    wait_for(tmp_path / "calls.txt", "scontrol")
+    wait_for_text(tmp_path / "calls.txt", "scontrol")
     process.terminate()
     assert process.communicate(timeout=PATIENCE)[1].endswith("interrupted\n")
     assert process.returncode == 130

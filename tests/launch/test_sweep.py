@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from launch.sweep.summary import as_numbers, by_settings, draw, write_table
 from launch.sweep.trial import Trial, engine_command, read_metric
 from tests.support.signals import hearing_ctrl_c
 from tests.support.tiny import ROOT
+from tests.support.waiting import PATIENCE, wait_for
 
 # A program with the flags of an experiment; its WER is a function of the swept flags. It keeps a line of every start,
 # fails where it is told to, and waits, telling when it is stopped, while WORKDIR/../../hold exists.
@@ -28,13 +28,13 @@ for name, kind in (("workdir", str), ("width", int), ("rate", float), ("seed", i
 parser.add_argument("--resume", action="store_true")
 flags = parser.parse_args()
 folder = pathlib.Path(flags.workdir)
-with (folder / "starts.txt").open("a") as file:
-    file.write("resumed\\n" if flags.resume else "started\\n")
 root = folder.parent.parent
 def stop(*_):
     (folder / "saved").touch()
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
+with (folder / "starts.txt").open("a") as file:
+    file.write("resumed\\n" if flags.resume else "started\\n")
 while (root / "hold").exists():
     time.sleep(0.01)
 if flags.fail is not None and flags.fail == flags.width and not (root / "mended").exists():
@@ -60,7 +60,7 @@ def sweep(tmp_path):
     def run(*arguments):
         return subprocess.run(
             command(*arguments), cwd=tmp_path, env=environment, capture_output=True, text=True,
-            check=False, timeout=60,
+            check=False, timeout=PATIENCE,
         )  # fmt: skip
 
     started = []
@@ -83,14 +83,6 @@ def sweep(tmp_path):
     for process in started:
         process.kill()
         process.wait()
-
-
-def wait_for(condition):
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise AssertionError("it never came")
 
 
 def starts(folder):
@@ -148,12 +140,11 @@ def test_a_second_turn_runs_what_is_new_and_what_failed(sweep):
 
 
 def test_ctrl_c_lets_the_trials_save_and_the_same_command_goes_on(sweep):
-    process = sweep.start(*GRID, "--parallel=2", "--grace=20")
+    process = sweep.start(*GRID, "--parallel=2", "--grace=600")
     sweep.out.joinpath("hold").touch()
     wait_for(lambda: len(starts(sweep.out)) == 2)
-    time.sleep(0.3)  # the programs listen for signals a moment after they have started
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=30)[1]
+    said = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 130, said
     assert "the same command goes on from here" in said
     begun = [sweep.out / "trials" / f"width=4,seed={seed}" for seed in (0, 1)]
@@ -272,7 +263,7 @@ def test_an_interrupted_search_begins_with_what_it_had_begun(sweep):
     sweep.out.joinpath("hold").touch()
     wait_for(lambda: starts(sweep.out))
     process.terminate()
-    process.wait(30)
+    process.wait(PATIENCE)
     (begun,) = starts(sweep.out)
     sweep.out.joinpath("hold").unlink()
     assert sweep(*search).returncode == 0

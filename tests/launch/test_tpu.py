@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from edgespeech.errors import InputError
 from launch.tpu import __main__ as program
 from launch.tpu.slice import Slice, pack_sources
 from tests.support.tiny import ROOT
+from tests.support.waiting import PATIENCE, wait_for
 
 WHERE = ["--name=pod", "--zone=us-central1-a"]
 COMMAND = ["--", "python", "-m", "experiments.x", "--text=it's", "--resume"]
@@ -117,7 +117,7 @@ def remote(tmp_path, command):
 
     def host(text):
         done = subprocess.run(
-            ["bash", "-c", text], cwd=home, capture_output=True, text=True, check=False, timeout=20,
+            ["bash", "-c", text], cwd=home, capture_output=True, text=True, check=False, timeout=PATIENCE,
             env=os.environ | {"HOME": str(home)},
         )  # fmt: skip
         return done
@@ -125,12 +125,8 @@ def remote(tmp_path, command):
     return home, pod, sent, host, host(script)
 
 
-def wait_for(path):
-    for _ in range(500):
-        if path.exists() and path.read_text():
-            return path.read_text()
-        time.sleep(0.02)
-    raise AssertionError(f"{path} never came")
+def wait_for_text(path):
+    return wait_for(lambda: path.exists() and path.read_text(), lambda: f"{path} never came")
 
 
 def test_the_host_runs_the_command_and_keeps_its_status(tmp_path, monkeypatch):
@@ -138,7 +134,7 @@ def test_the_host_runs_the_command_and_keeps_its_status(tmp_path, monkeypatch):
     code = "import os, sys; print(os.getcwd(), sys.argv[1]); sys.exit(6)"
     home, _, _, _, started = remote(tmp_path, [sys.executable, "-c", code, "it's $HOME"])
     assert started.returncode == 0, started.stderr
-    assert wait_for(home / "edgespeech.status") == "6\n"
+    assert wait_for_text(home / "edgespeech.status") == "6\n"
     assert (home / "edgespeech.log").read_text() == f"{home}/edgespeech it's $HOME\n"
 
 
@@ -149,17 +145,17 @@ def test_the_host_refuses_a_second_job_and_stops_the_first(tmp_path, monkeypatch
         "def save(*_):\n    pathlib.Path('saved').write_text('1')\n    sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, save)\n"
         "pathlib.Path('ready').write_text('1')\n"
-        "time.sleep(60)"
+        "time.sleep(600)"
     )
     home, pod, sent, host, started = remote(tmp_path, [sys.executable, "-c", code])
     assert started.returncode == 0
-    wait_for(home / "edgespeech" / "ready")
+    wait_for_text(home / "edgespeech" / "ready")
     again = host(sent[-1][-1].removeprefix("--command="))
     assert again.returncode == 1
     assert "a job is running already" in again.stderr
     pod.stop()
     assert host(sent[-1][-1].removeprefix("--command=")).returncode == 0
-    wait_for(home / "edgespeech" / "saved")
+    wait_for_text(home / "edgespeech" / "saved")
 
 
 def test_watch_waits_for_the_status(gcloud, capsys):

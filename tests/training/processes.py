@@ -10,8 +10,7 @@ import numpy as np
 
 from launch.local import free_port
 from tests.support.tiny import ROOT
-
-TIMEOUT = 600.0  # nothing here is timed: a machine may be busy
+from tests.support.waiting import PATIENCE, wait_for
 
 
 class Processes:
@@ -40,15 +39,18 @@ class Processes:
 
     def wait_until(self, happened) -> None:
         """Waits for a condition while all processes live."""
-        deadline = time.monotonic() + TIMEOUT
-        while not happened():
+
+        def happened_while_all_live():
+            if happened():
+                return True
             assert all(p.poll() is None for p in self.processes), self.everything()
-            assert time.monotonic() < deadline, self.everything()
-            time.sleep(0.02)
+            return False
+
+        wait_for(happened_while_all_live, self.everything)
 
     def end(self) -> list[int]:
         """The exit statuses; a process that does not end is killed."""
-        deadline = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + PATIENCE
         try:
             return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
         finally:

@@ -7,6 +7,7 @@ import pytest
 
 from edgespeech.training.distributed import Board
 from edgespeech.training.stopping import Stopped, Stopper
+from tests.support.waiting import PATIENCE
 
 
 def stoppers(count):
@@ -106,7 +107,7 @@ def test_no_step_is_begun_between_answer_and_decision():
     run_steps(group[1], 1)
     group[1].look()
     group[0].look()
-    waiting.join(30)
+    waiting.join(PATIENCE)
     assert answers == [False]  # the third step, which the other has begun
     assert group[0].stop_here()
     assert group[1].stop_here()

@@ -25,7 +25,7 @@ from jax.flatten_util import ravel_pytree
 
 from edgespeech.data.batching import BatchConfig, BatchSource
 from edgespeech.data.tokenizer import CharTokenizer
-from edgespeech.training import distributed
+from edgespeech.training import distributed, stopping
 from edgespeech.training.ctc import ctc_objective, weighted_mean
 from edgespeech.training.loop import LoopConfig, train
 from edgespeech.training.state import OptimizerConfig, init_state, make_optimizer, make_step
@@ -180,7 +180,10 @@ def run(job: str, arguments: argparse.Namespace) -> None:
         return
 
     def wait(batch):
-        time.sleep(arguments.slow)
+        # Cut short when all are told to stop.
+        deadline = time.monotonic() + arguments.slow
+        while time.monotonic() < deadline and not stopping.current()._answered:
+            time.sleep(0.01)
         return batch
 
     state = fit(job, name, arguments.workdir, arguments.steps, config, wait)
@@ -202,7 +205,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int)
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--idle", type=float, default=0.0)
-    parser.add_argument("--heartbeat_seconds", type=float, default=5.0)
+    parser.add_argument("--heartbeat_seconds", type=float, default=60.0)
     parser.add_argument("--coordinator")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
