@@ -14,6 +14,7 @@ from edgespeech.evaluation.latency import Prepare
 from edgespeech.inference.compiling import inference_options
 from edgespeech.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from edgespeech.nn.attention import SelfAttention
+from edgespeech.nn.kept_gates import keep_gates
 from edgespeech.nn.lpa import LPA, harden
 from edgespeech.nn.lpa_config import LPAConfig
 from edgespeech.nn.token_mixer_controls import Removed
@@ -49,6 +50,10 @@ class TimedModel(Protocol):
 
     def build(self, replaced: Sequence[int]) -> Any:
         """The model with random weights and hard LPA in these layers, counted from 0."""
+        ...
+
+    def keep_gates(self, model: Any, num_samples: int) -> None:
+        """Computes what hard LPA keeps for audio of so many samples, in place: see `nn.kept_gates`."""
         ...
 
     def forward(self, model: Any, audio: Audio, lengths: Lengths) -> Array:
@@ -100,6 +105,11 @@ class TimedWav2Vec2:
             return model
 
         return random_weights(make)
+
+    def keep_gates(self, model: Wav2Vec2, num_samples: int) -> None:
+        """The gates of every LPA that do not see the input."""
+        n = self.num_frames(num_samples)
+        keep_gates(model, jnp.full(1, n), n)
 
     def forward(self, model: Wav2Vec2, audio: Audio, lengths: Lengths) -> Logits:
         """Logits `[1 n v]`."""
@@ -184,7 +194,8 @@ def compile_ahead(
 
 
 def prepare_forward(timed: TimedModel, model: Any, audio: np.ndarray) -> functools.partial:
-    """The compiled forward pass on audio `[1 t]`, as a call."""
+    """The compiled forward pass on audio `[1 t]`, as a call: what depends on the length alone is computed before."""
+    timed.keep_gates(model, audio.shape[1])
     arrays = _arrays(audio)
     executable, leaves = compile_ahead(timed.forward, model, *arrays)
     return functools.partial(executable, leaves, *arrays)
@@ -222,6 +233,7 @@ def prepare_parts(
         uses.append((part, key))
         return calls[key].func(jax.tree.leaves(state), *arrays)
 
+    timed.keep_gates(model, audio.shape[1])
     timed.run_parts(model, *_arrays(audio), run)
     return uses
 

@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -21,7 +22,13 @@ from edgespeech.evaluation.latency_models import (
 )
 from edgespeech.models.sepformer import SepFormer, SepFormerConfig
 from edgespeech.nn.attention import SelfAttention
-from edgespeech.nn.dual_path import DualPathBlock, PathTransformer, sinusoidal_positions
+from edgespeech.nn.dual_path import (
+    DualPathBlock,
+    PathTransformer,
+    chunk_count,
+    sinusoidal_positions,
+)
+from edgespeech.nn.kept_gates import keep_gates
 from edgespeech.nn.lpa import LPA, harden
 from edgespeech.nn.lpa_config import LPAConfig
 from edgespeech.ops.mask import mask_from_lengths
@@ -68,6 +75,12 @@ class TimedSepFormer:
             return model
 
         return random_weights(make)
+
+    def keep_gates(self, model: SepFormer, num_samples: int) -> None:
+        """The gates of every LPA that do not see the input, of every chunk."""
+        k = self.config.chunk_length
+        chunks = chunk_count(self.num_frames(num_samples), k)
+        keep_gates(model, jnp.full(chunks, k), k)
 
     def forward(self, model: SepFormer, audio: Audio, lengths: Lengths) -> Array:
         """Estimates `[1 spk t]`."""

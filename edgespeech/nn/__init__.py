@@ -8,6 +8,7 @@ from edgespeech.nn.decoder_layer import DecoderLayer, GatedFeedForward
 from edgespeech.nn.dual_path import DualPathBlock
 from edgespeech.nn.exits import BiLSTMHead, LinearHead
 from edgespeech.nn.front_end import LogMelFrontEnd, WaveformFrontEnd
+from edgespeech.nn.kept_gates import keep_gates
 from edgespeech.nn.lpa import LPA, anneal, harden, set_anneal
 from edgespeech.nn.lpa_config import LPAConfig
 from edgespeech.nn.masked_norm import MaskedNorm
@@ -61,5 +62,6 @@ __all__ = [
     "WaveformFrontEnd",
     "anneal",
     "harden",
+    "keep_gates",
     "set_anneal",
 ]
