@@ -1,6 +1,7 @@
 """Take the noise out of a recording, or part the voices in it: same rate, channels and length out."""
 
 import argparse
+from pathlib import Path
 
 from edgespeech.errors import InputError
 
@@ -14,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help="folder of a saved SepFormer, such as WORKDIR/teacher or WORKDIR/hybrid_16 of lpa_sepformer",
+        help="folder of a saved SepFormer, such as WORKDIR/teacher or WORKDIR/hybrid_16 of lpa_sepformer, or of "
+        "SpeechBrain's at 8 kHz, such as a download of speechbrain/sepformer-wham-enhancement",
     )
     parser.add_argument(
         "--segment", type=float, default=8.0, help="seconds heard at a time (default: 8)"
@@ -27,10 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Writes one file for each voice."""
     from edgespeech.inference.enhance import enhance_file
-    from edgespeech.interop.open_model import open_model
+    from edgespeech.interop.pretrained import load_pretrained
+    from edgespeech.interop.speechbrain_sepformer import load_speechbrain_sepformer
     from edgespeech.models.sepformer import SepFormer
 
-    model, _, _ = open_model(arguments.model)
+    folder = Path(arguments.model)
+    if (folder / "masknet.ckpt").exists():
+        model = load_speechbrain_sepformer(folder)
+    else:
+        model, _, _ = load_pretrained(folder)
     if not isinstance(model, SepFormer):
         raise InputError(
             f"{arguments.model} is a {type(model).__name__}: enhancement needs a saved SepFormer"

@@ -1,5 +1,6 @@
 """Audio files of any length, a block at a time: reading, resampling, overlapped segments."""
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,31 @@ BLOCK = 1 << 16  # samples read or written at once
 def unreadable(path: Path, reason: object) -> InputError:
     """The error of a file that gives no audio."""
     return InputError(f"{path}: unreadable audio ({reason}); the fix: valid WAV, FLAC, Ogg or MP3")
+
+
+def open_sound(path: Path) -> soundfile.SoundFile:
+    """Opens a file of audio.
+
+    Raises:
+        InputError: it is missing or unreadable.
+    """
+    try:
+        return soundfile.SoundFile(path)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        raise unreadable(path, error if path.exists() else "no such file") from error
+
+
+def require_overlap(segment_seconds: float, overlap_seconds: float) -> None:
+    """Checks that segments can share so much.
+
+    Raises:
+        InputError: the overlap is not between 0 and half a segment.
+    """
+    if not 0 < overlap_seconds <= segment_seconds / 2 < math.inf:
+        raise InputError(
+            f"an overlap of {overlap_seconds:g} s does not fit segments of {segment_seconds:g} s: choose more than "
+            f"0 and at most {segment_seconds / 2:g} s"
+        )
 
 
 def read_blocks(sound: soundfile.SoundFile, path: Path) -> Iterator[np.ndarray]:

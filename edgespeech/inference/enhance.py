@@ -18,7 +18,14 @@ from flax import nnx
 from edgespeech.data.audio import to_int16
 from edgespeech.data.corpus import write_atomically
 from edgespeech.errors import InputError
-from edgespeech.inference.audio_blocks import BLOCK, cut, read_blocks, resampled, unreadable
+from edgespeech.inference.audio_blocks import (
+    BLOCK,
+    cut,
+    open_sound,
+    read_blocks,
+    require_overlap,
+    resampled,
+)
 from edgespeech.inference.compiling import inference_options
 from edgespeech.models.sepformer import SepFormer
 
@@ -118,11 +125,9 @@ def enhance_file(
         raise InputError(
             f"{len(targets)} output files for a model of {config.num_speakers} speakers: name one for each speaker"
         )
+    require_overlap(segment_seconds, overlap_seconds)
     with ExitStack() as stack:
-        try:
-            sound = stack.enter_context(soundfile.SoundFile(source))
-        except (soundfile.SoundFileError, OSError) as error:
-            raise unreadable(source, error) from error
+        sound = stack.enter_context(open_sound(source))
         rate, channels = sound.samplerate, sound.channels
         for path in targets:
             _create(io.BytesIO(), path, rate, channels).close()

@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import soundfile
 from flax import nnx
 
 from edgespeech.errors import InputError
-from edgespeech.inference.audio_blocks import cut, read_blocks, resampled
+from edgespeech.inference.audio_blocks import (
+    cut,
+    open_sound,
+    read_blocks,
+    require_overlap,
+    resampled,
+)
 from edgespeech.inference.compiling import inference_options
 from edgespeech.inference.words import TextTokenizer, Word, text_of, token_texts, words_of_path
+from edgespeech.nn.kept_gates import keep_gates
 from edgespeech.ops.ctc import greedy_path
 from edgespeech.types import SAMPLE_RATE
 
@@ -69,11 +76,7 @@ class LongAudio:
         segment_seconds: float = 30.0,
         overlap_seconds: float = 6.0,
     ):
-        if not 0 < overlap_seconds <= segment_seconds / 2:
-            raise InputError(
-                f"an overlap of {overlap_seconds:g} s does not fit segments of {segment_seconds:g} s: choose more than "
-                f"0 and at most {segment_seconds / 2:g} s"
-            )
+        require_overlap(segment_seconds, overlap_seconds)
         self._config = model.config
         self._texts = token_texts(tokenizer)
         self._segment = round(segment_seconds * SAMPLE_RATE)
@@ -85,7 +88,9 @@ class LongAudio:
                 f"segments of {segment_seconds:g} s hold no frame beside their overlap: choose longer ones"
             )
         self._hop = self._step * frame
-        graphdef, self._state = nnx.split(model)
+        frames = self._config.num_frames(self._segment)
+        own = nnx.merge(*nnx.split(model))  # the caller's model keeps nothing
+        graphdef, self._state = nnx.split(keep_gates(own, jnp.full(1, frames), frames))
 
         def path(state, audio, lengths):
             output = nnx.merge(graphdef, state)(audio, lengths)
@@ -99,14 +104,9 @@ class LongAudio:
         Raises:
             InputError: naming the file: unreadable, empty, NaN or infinite samples.
         """
-        try:
-            sound = soundfile.SoundFile(path)
-        except (soundfile.SoundFileError, OSError, TypeError) as error:
-            raise InputError(
-                f"{path}: unreadable audio ({error}); the fix: valid WAV, FLAC, Ogg or MP3"
-            ) from error
-        with sound:
-            mono = (block.mean(0, keepdims=True) for block in read_blocks(sound, Path(path)))
+        path = Path(path)
+        with open_sound(path) as sound:
+            mono = (block.mean(0, keepdims=True) for block in read_blocks(sound, path))
             blocks = resampled(mono, 1, sound.samplerate, SAMPLE_RATE)
             return self.stream(np.clip(block[0], -1.0, 1.0) for block in blocks)
 

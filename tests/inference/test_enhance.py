@@ -9,6 +9,7 @@ import pytest
 import soundfile
 from flax import nnx
 
+from edgespeech.cli import main
 from edgespeech.errors import InputError
 from edgespeech.inference.enhance import enhance_file, overlapped_segments
 from edgespeech.models.sepformer import SepFormer, SepFormerConfig
@@ -227,6 +228,24 @@ def test_a_sepformer_on_a_short_file_gives_what_it_gives_alone(tmp_path):
     np.testing.assert_allclose(got[:, 0], want / max(1, np.abs(want).max()), atol=ROUNDING)
 
 
+def test_the_command_takes_speechbrains_folder(tmp_path, monkeypatch, capsys):
+    model, (noisy, clean) = Model(lambda a: a), (tmp_path / "x.wav", tmp_path / "y.wav")
+    monkeypatch.setattr("edgespeech.models.sepformer.SepFormer", Model)
+    monkeypatch.setattr(
+        "edgespeech.interop.speechbrain_sepformer.load_speechbrain_sepformer",
+        {tmp_path: model}.__getitem__,
+    )
+    x = audio(900, 1)
+    arguments = ["enhance", str(write(noisy, x)), str(clean), f"--model={tmp_path}"]
+    assert main(arguments) == 2
+    assert (
+        "model.json is missing: name a folder that holds a saved model" in capsys.readouterr().err
+    )
+    (tmp_path / "masknet.ckpt").touch()
+    assert main(arguments) == 0
+    np.testing.assert_allclose(soundfile.read(clean)[0], x[:, 0], atol=ROUNDING)
+
+
 def test_faults_are_named_before_anything_is_written(tmp_path):
     model, good = Model(lambda a: a), write(tmp_path / "x.wav", audio(900, 1))
     out = tmp_path / "y.wav"
@@ -234,10 +253,13 @@ def test_faults_are_named_before_anything_is_written(tmp_path):
         enhance_file(model, good, [out, out])
     with pytest.raises(InputError, match=r"y\.doc cannot hold 1 channels at 8000 Hz"):
         enhance_file(model, good, [tmp_path / "y.doc"])
-    with pytest.raises(InputError, match=r"none\.wav: unreadable"):
+    with pytest.raises(InputError, match=r"none\.wav: unreadable audio \(no such file\)"):
         enhance_file(model, tmp_path / "none.wav", [out])
     with pytest.raises(InputError, match="no samples"):
         enhance_file(model, write(tmp_path / "empty.wav", np.zeros((0, 1))), [out])
+    for segment, overlap in ((0.5, 0.3), (8.0, 0.0), (np.nan, 1.0), (np.inf, 1.0)):
+        with pytest.raises(InputError, match=f"overlap of {overlap:g} s does not fit segments of"):
+            enhance(model, good, out, seconds=segment, overlap=overlap)
     samples = audio(900, 1)
     samples[700] = np.nan
     with pytest.raises(InputError, match="NaN or infinite"):
