@@ -234,7 +234,7 @@ def _int8_line(pair: Mapping[str, Any]) -> str:
         change, low, high = (100 * value for value in (pair["wer"], *pair["ci"]))
         wer = f"WER {change:+.2f} points ({low:+.2f} to {high:+.2f})"
     return (
-        f"{pair['file']}, {pair['threads']} threads, against 32 bits: {wer}, {pair['size']:.2f} of the size, "
+        f"{pair['file']} against 32 bits, threads: {pair['threads']}: {wer}, {pair['size']:.2f} of the size, "
         f"{pair['time']:.2f} of the time"
     )
 
