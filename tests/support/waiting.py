@@ -2,7 +2,7 @@
 
 import time
 
-PATIENCE = 600.0  # seconds
+PATIENCE = 1800.0  # seconds; a core may be shared by ten
 
 
 def wait_for(happened, said=lambda: "it never came"):

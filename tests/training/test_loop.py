@@ -19,7 +19,7 @@ from edgespeech.training.stopping import Stopped
 from edgespeech.training.watch import Watch
 from tests.support.tiny import ROOT, ToneCorpus, assert_same_bits, tone_source
 from tests.support.train_tiny import run
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 STEPS = 9
 
@@ -149,6 +149,33 @@ def evaluate_for_minutes():
 def test_told_to_stop_outside_of_training():
     with pytest.raises(Stopped), Watch(60.0):
         evaluate_for_minutes()
+
+
+# A mutex that is locked twice holds the main thread as a long compilation does: in native code, deaf to signals.
+COMPILING = """
+import ctypes
+from edgespeech.training import watch
+watch.UNWIND_SECONDS = 0.1
+mutex, lock = ctypes.create_string_buffer(256), ctypes.CDLL(None).pthread_mutex_lock
+with watch.Watch(60.0):
+    lock(mutex)
+    print("compiling", flush=True)
+    lock(mutex)
+"""
+
+
+def test_told_to_stop_within_a_compilation():
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMPILING],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout.readline() == "compiling\n"
+    process.terminate()
+    try:
+        assert process.communicate(timeout=PATIENCE)[1] == "stopped: add --resume to go on\n"
+    finally:
+        process.kill()
+    assert process.returncode == 0
 
 
 def test_utterances_of_a_skipped_step_are_written_down(tmp_path, capfd):
