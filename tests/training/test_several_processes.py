@@ -14,9 +14,11 @@ from edgespeech.training.metrics import read_metrics
 from edgespeech.training.peers import LOST
 from tests.support.tiny import assert_same_bits, tiny_model
 from tests.training.processes import Processes, leaves, run
+from tests.training.worker import CTC_LAYERS
 
 MODELS = ("ctc", "ctc.fsdp2", "ctc.model2", "splitformer", "sepformer", "edge")
 STEPS = 4
+UNENDING = ("--slow=0.3", "--steps=100000")
 CONVERSION = ("sweep_lpa", "convert_lpa")  # the stages of Moonshine's
 
 
@@ -54,7 +56,7 @@ def test_losses_are_those_of_one_process(one, two, job):
 
 
 def by_name(vector):
-    _, params = nnx.split(tiny_model())
+    _, params = nnx.split(tiny_model(num_layers=CTC_LAYERS))
     _, unravel = ravel_pytree(params)
     flat = nnx.to_flat_state(unravel(jnp.asarray(vector)))
     return {".".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
@@ -98,7 +100,7 @@ def steps_done(workdir):
 
 
 def test_one_is_told_to_stop_and_all_stop_at_one_step(two, tmp_path):
-    flags = ("--slow=0.3", "--save_every=1000")
+    flags = ("--slow=4", "--save_every=1000")
     processes = Processes(tmp_path, "plain", *flags)
     processes.wait_until(lambda: steps_done(tmp_path) >= 1)
     processes.processes[1].send_signal(signal.SIGTERM)
@@ -120,7 +122,7 @@ def test_told_to_stop_outside_of_training(tmp_path):
 
 
 def test_one_is_killed_and_the_other_stops_and_names_it(tmp_path):
-    processes = Processes(tmp_path, "plain", "--slow=0.3", "--steps=1000")
+    processes = Processes(tmp_path, "plain", *UNENDING, "--heartbeat_seconds=5")
     processes.wait_until(lambda: steps_done(tmp_path) >= 1)
     processes.processes[1].kill()
     assert processes.end() == [LOST, -signal.SIGKILL], processes.everything()
@@ -128,7 +130,7 @@ def test_one_is_killed_and_the_other_stops_and_names_it(tmp_path):
 
 
 def test_the_coordinator_is_killed_and_the_other_does_not_hang(tmp_path):
-    processes = Processes(tmp_path, "plain", "--slow=0.3", "--steps=1000")
+    processes = Processes(tmp_path, "plain", *UNENDING)
     processes.wait_until(lambda: steps_done(tmp_path) >= 1)
     processes.processes[0].kill()
     # JAX ends the process itself, at once, with what it has to say.
@@ -137,7 +139,7 @@ def test_the_coordinator_is_killed_and_the_other_does_not_hang(tmp_path):
 
 
 def test_one_fails_and_the_other_says_why(tmp_path):
-    processes = Processes(tmp_path, "plain", "--slow=0.3", "--steps=1000")
+    processes = Processes(tmp_path, "plain", *UNENDING)
     processes.wait_until(lambda: steps_done(tmp_path) >= 1)
     processes.processes[1].send_signal(signal.SIGUSR1)
     assert processes.end() == [1, 1], processes.everything()

@@ -33,6 +33,7 @@ from edgespeech.training.stopping import Stopped
 from edgespeech.training.watch import Watch
 from tests.support.tiny import ToneCorpus, tiny_config, tiny_model
 
+CTC_LAYERS = 2
 BATCH = BatchConfig(batch_seconds=2.3, num_buckets=1, batch_multiple=4, speed_factors=(0.9, 1.0))
 
 
@@ -53,7 +54,7 @@ def plain():
 
 def ctc():
     """The teacher of experiments.lpa_librispeech."""
-    graphdef, params = nnx.split(tiny_model())
+    graphdef, params = nnx.split(tiny_model(num_layers=CTC_LAYERS))
     source = BatchSource(ToneCorpus(), CharTokenizer(), BATCH, tiny_config().num_frames)
     return ctc_objective(graphdef, (1,)), params, None, source
 
