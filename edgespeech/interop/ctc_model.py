@@ -13,9 +13,8 @@ from edgespeech.models.wav2vec2 import Wav2Vec2
 from edgespeech.models.wav2vec2_exits import Wav2Vec2Exits
 
 CTCModel: TypeAlias = Wav2Vec2 | MoonshineCTC | Wav2Vec2Exits | Splitformer | EdgeConformer
-PlainCTC: TypeAlias = (
-    Wav2Vec2 | MoonshineCTC
-)  # layers with a mixer, and one head after the last of them
+# Layers with a mixer, and one head after the last of them.
+PlainCTC: TypeAlias = Wav2Vec2 | MoonshineCTC
 
 
 def open_ctc_model(path_or_id: str | Path) -> tuple[CTCModel, Tokenizer, dict[str, Any]]:
